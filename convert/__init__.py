@@ -1,0 +1,1 @@
+"""Conversion of checkpoints. Nothing in the runtime imports this package."""

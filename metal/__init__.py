@@ -1,0 +1,1 @@
+"""Sources of the Metal kernels, one operation a file. Imports nothing, not even MLX."""

@@ -1,0 +1,1 @@
+"""What a sequence leaves behind for its next token."""

@@ -1,0 +1,211 @@
+"""Which checkpoint is this? Names, shapes and conventions of a folder's safetensors files, told from their headers.
+
+In: a model folder. Out: a `Checkpoint` whose `tensors()` are lazy arrays under the names of our modules, with the
+changes of value that the layout asks for (gains become 1 + w in float32, convolutions [Cn, K]). Knows no modules.
+
+Three layouts are read (their tables: MLX prefixes beside the released ones below):
+released   `model.language_model.*`, gains stored as w, conv1d [Cn, 1, K]
+MLX        `language_model.model.*`, gains stored as 1 + w rounded to the file's dtype, conv1d [Cn, K, 1]
+qwen_mlx   the MLX layout with the exact float32 gains in qwen_mlx/gains.safetensors
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from qwen_mlx.config import read_json
+from qwen_mlx.errors import CheckpointError
+
+# Order matters: the longer prefix first. The right-hand names are those of our modules.
+PREFIXES = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("lm_head.", "lm_head."),
+    ("model.", "model."),
+)
+# Parts of the checkpoint that text generation does not read.
+OTHER_PARTS = re.compile(r"^((model\.)?(language_model\.)?(model\.)?)?(visual|mtp)\.|^vision_tower\.")
+ZERO_CENTRED = re.compile(r"(layernorm|q_norm|k_norm|^model\.norm)\.weight$")
+CONV = "linear_attn.conv1d.weight"
+GAINS = Path("qwen_mlx", "gains.safetensors")
+PLAUSIBLE_GAIN = (0.5, 1.6)  # mean over all layer norms of the released models, and of their conversions, with room
+
+
+@dataclass(frozen=True)
+class Header:
+    """One tensor as its file's header describes it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    layout: str  # "released", "MLX" or "qwen_mlx"
+    headers: dict[str, Header]  # by the name in the file; text model only
+    names: dict[str, str]  # name in the file -> name in our modules
+
+    def tensors(self) -> dict[str, mx.array]:
+        """Every text tensor, lazy, by our name; the gains of the layout decided by structure and checked by value."""
+        files = sorted({header.file for header in self.headers.values()})
+        raw = {name: array for file in files for name, array in _load(file).items() if name in self.names}
+        tensors = {}
+        for name, array in raw.items():
+            tensors |= _reform(self.names[name], array)
+        gains = {n: a.astype(mx.float32) for n, a in tensors.items() if ZERO_CENTRED.search(n)}
+        tensors |= self._absolute(gains)
+        if self.layout == "qwen_mlx":
+            tensors |= self._exact_gains(gains)
+        return tensors
+
+    def _absolute(self, gains: dict[str, mx.array]) -> dict[str, mx.array]:
+        shift = 1.0 if self.layout == "released" else 0.0
+        for kind in ("input", "post_attention"):
+            means = [mx.mean(a) for n, a in gains.items() if n.endswith(f".{kind}_layernorm.weight")]
+            stored = mx.mean(mx.stack(means)).item() if means else 1.0 - shift
+            low, high = PLAUSIBLE_GAIN
+            if math.isfinite(stored) and not low <= stored + shift <= high:
+                raise CheckpointError(
+                    f"{self.folder}: the {kind} norms do not fit the {self.layout} layout: their mean is {stored:.3f} as "
+                    f"stored and would be {stored + shift:.3f} as a gain, which should lie between {low} and {high}. "
+                    "The file was shifted once too often or once too little; convert the original release again."
+                )
+        return {name: array + shift for name, array in gains.items()}
+
+    def _exact_gains(self, gains: dict[str, mx.array]) -> dict[str, mx.array]:
+        exact = {_our_name(name) or name: array for name, array in _load(self.folder / GAINS).items()}
+        if exact.keys() - gains.keys():
+            raise CheckpointError(f"{self.folder / GAINS} holds unknown gains: {some(exact.keys() - gains.keys())}.")
+        return {name: array.astype(mx.float32) for name, array in exact.items()}
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read every header of the folder's safetensors files and decide the layout.
+
+    Raises `CheckpointError` for missing, truncated or unreadable files, unknown tensors, a tensor stored twice, and
+    files of two conventions in one folder.
+    """
+    headers: dict[str, Header] = {}
+    for file in _files(folder):
+        for name, header in _read_header(file):
+            if OTHER_PARTS.match(name):
+                continue
+            if name in headers:
+                raise CheckpointError(f"{name} is stored twice, in {headers[name].file.name} and {file.name}.")
+            headers[name] = header
+    names = {name: _our_name(name) for name in headers}
+    unknown = [name for name, ours in names.items() if ours is None]
+    if unknown:
+        raise CheckpointError(f"{folder} holds tensors that Qwen3.5 does not have: {some(unknown)}.")
+    return Checkpoint(folder, _layout(folder, headers), headers, {k: v for k, v in names.items() if v is not None})
+
+
+def _reform(name: str, array: mx.array) -> dict[str, mx.array]:
+    """The tensor as our modules hold it: convolutions [Cn, K], and the experts' gate and up projections apart."""
+    if name.endswith(CONV):
+        return {name: array.reshape(array.shape[0], -1)}
+    experts, _, kind = name.rpartition("experts.")
+    if kind == "gate_up_proj":
+        gate, up = mx.split(array, 2, axis=1)
+        return {f"{experts}switch_mlp.gate_proj.weight": gate, f"{experts}switch_mlp.up_proj.weight": up}
+    if kind == "down_proj":
+        return {f"{experts}switch_mlp.down_proj.weight": array}
+    return {name: array}
+
+
+def _our_name(name: str) -> str | None:
+    for prefix, ours in PREFIXES:
+        if name.startswith(prefix):
+            return ours + name.removeprefix(prefix)
+    return None
+
+
+def _layout(folder: Path, headers: dict[str, Header]) -> str:
+    convolutions = {name: header.shape for name, header in headers.items() if name.endswith(CONV)}
+    odd = [name for name, shape in convolutions.items() if len(shape) != 3 or 1 not in shape[1:]]
+    if odd:
+        raise CheckpointError(
+            f"{odd[0]} must be [channels, 1, taps] or [channels, taps, 1], not {convolutions[odd[0]]}."
+        )
+    released = {name for name, shape in convolutions.items() if shape[1] == 1}
+    if released and released != convolutions.keys():
+        converted = next(iter(convolutions.keys() - released))
+        raise CheckpointError(
+            f"{folder} mixes files of two conventions: {next(iter(released))} is as released and {converted} is "
+            "converted; take all files from one place."
+        )
+    if released or (not convolutions and not any(name.startswith("language_model.model.") for name in headers)):
+        return "released"
+    return "qwen_mlx" if (folder / GAINS).exists() else "MLX"
+
+
+def _files(folder: Path) -> list[Path]:
+    """The weight files, by the index where there is one."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map.")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = sorted(folder.glob("model*.safetensors"))
+        files += [folder / name for name in _unlisted_shards(files)]
+    if not files:
+        raise CheckpointError(f"{folder} holds no model*.safetensors file.")
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {some(missing)}; download the model again.")
+    return files
+
+
+def _unlisted_shards(files: list[Path]) -> list[str]:
+    """Names that 'model-00001-of-00003' promises and the folder does not keep."""
+    promised = set()
+    for file in files:
+        if match := re.search(r"(\d+)-of-(\d+)", file.name):
+            count, width = int(match[2]), len(match[1])
+            promised |= {file.name.replace(match[0], f"{i:0{width}}-of-{match[2]}") for i in range(1, count + 1)}
+    return sorted(promised - {file.name for file in files})
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, Header]]:
+    """The tensors of a safetensors file (8 bytes of length, JSON, data), and whether all of its data is there."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(f"{file} is truncated: {size} bytes; download it again.")
+        try:
+            entries = json.loads(stream.read(length))
+            entries.pop("__metadata__", None)
+            found = {n: (e["dtype"], tuple(e["shape"]), e["data_offsets"][1]) for n, e in entries.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise CheckpointError(f"{file} is not a safetensors file: its header cannot be read.") from None
+    needed = 8 + length + max((end for _, _, end in found.values()), default=0)
+    if size < needed:
+        raise CheckpointError(f"{file} is truncated: {size} of {needed} bytes; download it again.")
+    for name, (dtype, shape, _) in found.items():
+        yield name, Header(file, dtype, shape)
+
+
+def _load(file: Path) -> dict[str, mx.array]:
+    try:
+        arrays = mx.load(str(file))
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} cannot be loaded: {error}.") from None
+    assert isinstance(arrays, dict)
+    return arrays
+
+
+def some(names: list[str] | set[str]) -> str:
+    """At most four of `names`, and how many more there are."""
+    shown = sorted(names)[:4]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")

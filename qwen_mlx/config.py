@@ -1,0 +1,218 @@
+"""config.json to frozen dataclasses with its own field names.
+
+In: a model folder. Out: `ModelConfig`. Every value the model needs must be in the file: no default stands in for a
+missing one, because class defaults are not the released values. Knows no tensors; how they are quantized is read off
+the tensors themselves.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_mlx.errors import CheckpointError
+
+FULL, LINEAR = "full_attention", "linear_attention"
+MODEL_TYPES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+
+
+@dataclass(frozen=True)
+class RopeParameters:
+    rope_theta: float
+    partial_rotary_factor: float
+    mrope_section: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    hidden_size: int
+    num_hidden_layers: int
+    layer_types: tuple[str, ...]
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_parameters: RopeParameters
+    tie_word_embeddings: bool
+    intermediate_size: int | None  # None in a mixture-of-experts model
+    moe: MoeConfig | None
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.rope_parameters.partial_rotary_factor)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model_type: str
+    text: TextConfig
+    eos_token_ids: tuple[int, ...]  # the union of what config.json and generation_config.json name
+    generation: Mapping[str, Any]  # generation_config.json, empty when the checkpoint has none
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read config.json and generation_config.json of `folder`.
+
+    Raises `CheckpointError` for a folder without config.json, another architecture, a missing value, a size that is
+    not a positive integer, and values that contradict each other.
+    """
+    raw = read_json(folder / "config.json")
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise CheckpointError(
+            f"{folder} holds a model of type {model_type!r}; qwen_mlx runs Qwen3.5 only ({', '.join(MODEL_TYPES)})."
+        )
+    nested = raw.get("text_config", raw)
+    if not isinstance(nested, dict):
+        raise CheckpointError(f"config.json: text_config must be an object, it is {nested!r}.")
+    generation_file = folder / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.exists() else {}
+    method = (raw.get("quantization_config") or {}).get("quant_method")
+    if method is not None:
+        raise CheckpointError(
+            f"{folder} is quantized by {method!r}, which cannot be run as it is; take the unquantized release or an "
+            "MLX conversion."
+        )
+    named = [source.get("eos_token_id") for source in (raw, nested, generation)]
+    lists = [ids if isinstance(ids, list) else [ids] for ids in named if ids is not None]
+    return ModelConfig(
+        model_type=model_type,
+        text=_text_config(nested, raw),
+        eos_token_ids=tuple(sorted({i for ids in lists for i in ids})),
+        generation=generation,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; `CheckpointError` when there is no such file or it holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is not a model folder: it has no {path.name}.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, it holds {type(content).__name__}.")
+    return content
+
+
+def _text_config(nested: Mapping[str, Any], raw: Mapping[str, Any]) -> TextConfig:
+    layers = _size(nested, "num_hidden_layers")
+    has_experts = "num_experts" in nested
+    text = TextConfig(
+        hidden_size=_size(nested, "hidden_size"),
+        num_hidden_layers=layers,
+        layer_types=_layer_types(nested, layers),
+        num_attention_heads=_size(nested, "num_attention_heads"),
+        num_key_value_heads=_size(nested, "num_key_value_heads"),
+        head_dim=_size(nested, "head_dim"),
+        linear_num_key_heads=_size(nested, "linear_num_key_heads"),
+        linear_num_value_heads=_size(nested, "linear_num_value_heads"),
+        linear_key_head_dim=_size(nested, "linear_key_head_dim"),
+        linear_value_head_dim=_size(nested, "linear_value_head_dim"),
+        linear_conv_kernel_dim=_size(nested, "linear_conv_kernel_dim"),
+        vocab_size=_size(nested, "vocab_size"),
+        max_position_embeddings=_size(nested, "max_position_embeddings"),
+        rms_norm_eps=_positive(nested, "rms_norm_eps"),
+        rope_parameters=_rope_parameters(nested),
+        # Untied releases say so only in one of the two places.
+        tie_word_embeddings=bool(_require(nested if "tie_word_embeddings" in nested else raw, "tie_word_embeddings")),
+        intermediate_size=None if has_experts else _size(nested, "intermediate_size"),
+        moe=MoeConfig(
+            num_experts=_size(nested, "num_experts"),
+            num_experts_per_tok=_size(nested, "num_experts_per_tok"),
+            moe_intermediate_size=_size(nested, "moe_intermediate_size"),
+            shared_expert_intermediate_size=_size(nested, "shared_expert_intermediate_size"),
+        )
+        if has_experts
+        else None,
+    )
+    _check_agreement(text, nested)
+    return text
+
+
+def _require(source: Mapping[str, Any], name: str) -> Any:
+    if source.get(name) is None:
+        raise CheckpointError(f"config.json lacks {name}; take the file of the original release.")
+    return source[name]
+
+
+def _size(source: Mapping[str, Any], name: str) -> int:
+    value = _require(source, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise CheckpointError(f"config.json: {name} must be a positive integer, it is {value!r}.")
+    return value
+
+
+def _positive(source: Mapping[str, Any], name: str) -> float:
+    value = _require(source, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise CheckpointError(f"config.json: {name} must be a positive number, it is {value!r}.")
+    return float(value)
+
+
+def _layer_types(nested: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    if nested.get("layer_types") is None:
+        every = _size(nested, "full_attention_interval")
+        return tuple(FULL if (i + 1) % every == 0 else LINEAR for i in range(layers))
+    types = tuple(nested["layer_types"])
+    unknown = set(types) - {FULL, LINEAR}
+    if unknown or len(types) != layers or FULL not in types:
+        raise CheckpointError(
+            f"config.json: layer_types must name {layers} layers, each {FULL} or {LINEAR} and one at least {FULL}; "
+            f"it names {len(types)}: {', '.join(map(str, sorted(set(types), key=str)))}."
+        )
+    return types
+
+
+def _rope_parameters(nested: Mapping[str, Any]) -> RopeParameters:
+    rope = _require(nested, "rope_parameters")
+    # mlx-lm writes the kind of rotary embedding as `type`.
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; only 'default' is.")
+    section = tuple(_require(rope, "mrope_section"))
+    if len(section) != 3 or not all(isinstance(n, int) and n >= 0 for n in section):
+        raise CheckpointError(f"config.json: mrope_section must be three sizes, it is {list(section)!r}.")
+    factor = rope if "partial_rotary_factor" in rope else nested
+    return RopeParameters(_positive(rope, "rope_theta"), _positive(factor, "partial_rotary_factor"), section)
+
+
+def _check_agreement(text: TextConfig, nested: Mapping[str, Any]) -> None:
+    for many, few in (
+        ("num_attention_heads", "num_key_value_heads"),
+        ("linear_num_value_heads", "linear_num_key_heads"),
+    ):
+        a, b = getattr(text, many), getattr(text, few)
+        if a % b:
+            raise CheckpointError(f"config.json: {many} ({a}) must be a multiple of {few} ({b}).")
+    rotary, section = text.rotary_dim, text.rope_parameters.mrope_section
+    if rotary % 2 or rotary > text.head_dim or 2 * sum(section) != rotary:
+        raise CheckpointError(
+            f"config.json: mrope_section {list(section)} must sum to half of the {rotary} rotary dimensions "
+            f"(head_dim {text.head_dim} x partial_rotary_factor {text.rope_parameters.partial_rotary_factor})."
+        )
+    if text.moe and text.moe.num_experts_per_tok > text.moe.num_experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok ({text.moe.num_experts_per_tok}) exceeds "
+            f"num_experts ({text.moe.num_experts})."
+        )
+    for name, only in (("hidden_act", "silu"), ("attention_bias", False), ("attn_output_gate", True)):
+        if nested.get(name, only) != only:
+            raise CheckpointError(f"config.json: {name} {nested[name]!r} is not supported; Qwen3.5 has {only!r}.")

@@ -1,0 +1,237 @@
+"""Logits to a token: what may be asked for, the distribution it means, and the draw from it.
+
+In: logits [B, V] of the next token. Out: tokens [B], lazily, so that a generation can build the next step before this
+one is evaluated. Knows neither the model nor the text: which tokens end a reply, and the stop strings and max_tokens
+that `SamplingParams` carries, are the business of whoever runs the loop.
+"""
+
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from qwen_mlx.decoding.stop import stop_tuple
+from qwen_mlx.errors import CheckpointError
+
+_Rules = dict[str, tuple[Callable[[Any], bool], str]]
+
+_NUMBERS: _Rules = {
+    "temperature": (lambda x: 0 <= x < math.inf, "a finite number, at least 0 (0 always takes the likeliest token)"),
+    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1 (1 switches it off)"),
+    "min_p": (lambda x: 0 <= x <= 1, "between 0 and 1 (0 switches it off)"),
+    "repetition_penalty": (lambda x: 0 < x < math.inf, "a finite number above 0 (1 switches it off)"),
+    "presence_penalty": (lambda x: -2 <= x <= 2, "between -2 and 2 (0 switches it off)"),
+    "frequency_penalty": (lambda x: -2 <= x <= 2, "between -2 and 2 (0 switches it off)"),
+}
+_INTEGERS: _Rules = {
+    "top_k": (lambda n: n >= 0, "an integer, at least 0 (0 switches it off)"),
+    "max_tokens": (lambda n: n >= 1, "an integer, at least 1"),
+    "seed": (lambda n: 0 <= n < 2**64, "None or an integer from 0 to 2**64 - 1"),
+}
+
+
+def _check(name: str, value: object, rules: _Rules, types: tuple[type, ...]) -> None:
+    allowed, words = rules[name]
+    if isinstance(value, bool) or not isinstance(value, types) or not allowed(value):
+        raise ValueError(f"{name} must be {words}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one generation are chosen and when it ends at the latest; as it stands, greedily.
+
+    top_k, top_p and min_p are off at 0, 1 and 0. repetition_penalty looks at prompt and reply, presence_penalty and
+    frequency_penalty at the reply alone. logit_bias adds to the logits of single token ids. seed None draws one from
+    the operating system for each generation. max_tokens is the longest reply in tokens. stop takes one string or
+    several and is kept as a tuple. A value out of range is a ValueError that names it.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    max_tokens: int = 512
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            _check(name, getattr(self, name), _NUMBERS, (int, float))
+        for name in _INTEGERS:
+            if name != "seed" or self.seed is not None:
+                _check(name, getattr(self, name), _INTEGERS, (int,))
+        for token, bias in (self.logit_bias or {}).items():
+            if not isinstance(token, int) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
+                raise ValueError(f"logit_bias must map integer token ids to finite numbers, not {token!r} to {bias!r}")
+        object.__setattr__(self, "stop", stop_tuple(self.stop))
+
+
+_CARD = {  # (is_small, thinking) -> the rows for general text on the Qwen3.5 model cards
+    (True, True): {"temperature": 1.0, "top_p": 0.95, "top_k": 20, "presence_penalty": 1.5},
+    (True, False): {"temperature": 1.0, "top_p": 1.0, "top_k": 20, "presence_penalty": 2.0},
+    (False, True): {"temperature": 1.0, "top_p": 0.95, "top_k": 20, "presence_penalty": 1.5},
+    (False, False): {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5},
+}
+
+
+def default_params(generation_config: Mapping[str, Any] | None, *, is_small: bool, thinking: bool) -> SamplingParams:
+    """The parameters a model's makers recommend: generation_config.json where it speaks, else their model card.
+
+    `is_small` means the dense 0.8B and 2B models, which have rows of their own (hidden_size does not tell: 2B and the
+    35B mixture share it). A generation_config with do_sample false is greedy; otherwise each of its temperature,
+    top_k, top_p, min_p and repetition_penalty replaces the card's value, and presence_penalty, which that file cannot
+    state, stays the card's. A value that makes no sense is a CheckpointError.
+    """
+    config = generation_config or {}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    stated = {name: config[name] for name in names if config.get(name) is not None}
+    do_sample = config.get("do_sample")
+    if do_sample is not None and not isinstance(do_sample, bool):
+        raise CheckpointError(f"generation_config.json: do_sample must be true or false, not {do_sample!r}")
+    if do_sample is False:
+        chosen = {"temperature": 0.0, "repetition_penalty": stated.get("repetition_penalty", 1.0)}
+    else:
+        chosen = {**_CARD[is_small, thinking], **stated}
+    try:
+        return SamplingParams(**chosen)
+    except ValueError as error:
+        raise CheckpointError(f"generation_config.json: {error}") from error
+
+
+class Sampler:
+    """Chooses the tokens of one generation: B replies to one prompt, all under the same parameters.
+
+    The logits of the real tokens pass through, in the order of transformers' `generate` (logits processors, then
+    warpers; presence and frequency, which it lacks, follow its repetition penalty):
+
+        bias        z += logit_bias
+        repetition  z /= r where z > 0, z *= r elsewhere, for tokens of prompt or reply (CTRL, arXiv 1909.05858)
+        presence    z -= presence * [n > 0], and frequency: z -= frequency * n, n the count in the reply (OpenAI)
+        temperature z / T
+        top_k, top_p (arXiv 1904.09751), min_p (arXiv 2407.01082)
+
+    and one token is drawn from the softmax. Padding rows (ids >= num_real_tokens) are never drawn.
+
+    Ties: top_k, top_p and min_p keep every logit at or above a threshold, so equal logits stand or fall together
+    (top_k may keep more than k). Greedy decoding takes the lowest of equal ids.
+
+    All state is in values, so `copy.copy(sampler)` is an independent sampler at the same place.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_tokens: Sequence[int], *, vocab_size: int, num_real_tokens: int):
+        if not 0 < num_real_tokens <= vocab_size:
+            raise ValueError(f"num_real_tokens must be from 1 to vocab_size {vocab_size}, not {num_real_tokens}")
+        self.params = params
+        self.vocab_size = vocab_size
+        self.num_real_tokens = num_real_tokens
+        self._key = mx.random.key(secrets.randbits(64) if params.seed is None else params.seed)
+
+        bias = params.logit_bias or {}
+        self._require_real("logit_bias", bias)
+        self._bias = (mx.array(list(bias), mx.uint32), mx.array(list(bias.values()), mx.float32)) if bias else None
+
+        penalizes = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        self._counts = mx.zeros((1, num_real_tokens)) if penalizes else None
+        self._in_prompt = mx.zeros((1, num_real_tokens), mx.bool_)
+        if params.repetition_penalty != 1 and prompt_tokens:
+            self._require_real("prompt_tokens", prompt_tokens)
+            self._in_prompt[:, mx.array(sorted(set(prompt_tokens)), mx.uint32)] = True
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """Draw one token per row and count it: logits [B, V] -> tokens [B] uint32, not yet evaluated."""
+        scores = self._penalized(logits)
+        if self.params.temperature == 0:
+            tokens = mx.argmax(scores, axis=-1)
+        else:
+            tokens = mx.random.categorical(_truncated(scores, self.params), key=self.next_key())
+        self.observe(tokens)
+        return tokens
+
+    def processed_logits(self, logits: mx.array) -> mx.array:
+        """The logits whose softmax is the distribution of the next draw: [B, V] -> [B, V] float32; changes nothing.
+
+        Tokens that cannot be drawn, padding among them, have -inf; at temperature 0 that is all but one.
+        """
+        scores = self._penalized(logits)
+        if self.params.temperature == 0:
+            chosen = mx.argmax(scores, axis=-1, keepdims=True)
+            scores = mx.where(mx.arange(self.num_real_tokens) == chosen, mx.array(0.0), -math.inf)
+        else:
+            scores = _truncated(scores, self.params)
+        return mx.pad(scores, [(0, 0), (0, self.vocab_size - self.num_real_tokens)], constant_values=-math.inf)
+
+    def observe(self, tokens: mx.array) -> None:
+        """Count tokens [B] as generated, as `__call__` does; for real tokens that were chosen elsewhere."""
+        if self._counts is not None:
+            counts = mx.broadcast_to(self._counts, (tokens.shape[0], self.num_real_tokens))
+            self._counts = counts.at[mx.arange(tokens.shape[0]), tokens].add(1.0)
+
+    def next_key(self) -> mx.array:
+        """A key for `mx.random` that has not been used yet; the sequence of keys follows from the seed alone."""
+        self._key, key = mx.random.split(self._key)
+        return key
+
+    def _penalized(self, logits: mx.array) -> mx.array:
+        """Bias and penalties on the real tokens: [B, V] -> [B, num_real_tokens]; with neither, only a view."""
+        if logits.ndim != 2 or logits.shape[1] != self.vocab_size:
+            raise ValueError(f"logits must have shape [B, {self.vocab_size}], not {list(logits.shape)}")
+        scores = logits[:, : self.num_real_tokens]
+        if self._bias is not None:
+            token_ids, values = self._bias
+            scores = scores.astype(mx.float32).at[:, token_ids].add(values)
+        if self._counts is None:
+            return scores
+        scores, params, counts = scores.astype(mx.float32), self.params, self._counts
+        if params.repetition_penalty != 1:
+            scaled = mx.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
+            scores = mx.where(self._in_prompt | (counts > 0), scaled, scores)
+        if params.presence_penalty != 0:
+            scores = scores - params.presence_penalty * (counts > 0)
+        if params.frequency_penalty != 0:
+            scores = scores - params.frequency_penalty * counts
+        return scores
+
+    def _require_real(self, name: str, token_ids: Sequence[int] | Mapping[int, float]) -> None:
+        wrong = [token for token in token_ids if not 0 <= token < self.num_real_tokens]
+        if wrong:
+            raise ValueError(f"{name} has token id {wrong[0]}, but ids run from 0 to {self.num_real_tokens - 1}")
+
+
+def _truncated(scores: mx.array, params: SamplingParams) -> mx.array:
+    """Temperature, then top_k, top_p and min_p: [B, N] -> [B, N] float32 with -inf below one threshold per row.
+
+    With the maximum at 0 no temperature overflows, and min_p, a bound on the ratio to the likeliest token, is a bound
+    on the difference. Each filter only raises the threshold, and min_p's does not depend on the others'.
+    """
+    scores = scores.astype(mx.float32)
+    scores = scores - mx.max(scores, axis=-1, keepdims=True)
+    scores = scores / max(params.temperature, 1e-37)  # float32 has nothing smaller to divide by
+    threshold = mx.array(math.log(params.min_p) if params.min_p > 0 else -math.inf)
+    likeliest, beyond = scores, mx.array(0)
+    if 0 < params.top_k < scores.shape[-1]:
+        likeliest = mx.topk(scores, params.top_k, axis=-1)
+        kth = mx.min(likeliest, axis=-1, keepdims=True)
+        beyond = mx.sum(scores >= kth, axis=-1, keepdims=True) - params.top_k
+        threshold = mx.maximum(threshold, kth)
+    if params.top_p < 1:
+        threshold = mx.maximum(threshold, _nucleus_threshold(likeliest, params.top_p, ties_beyond=beyond))
+    return mx.where(scores >= threshold, scores, -math.inf)
+
+
+def _nucleus_threshold(scores: mx.array, top_p: float, *, ties_beyond: mx.array) -> mx.array:
+    """The smallest score whose likelier tokens hold less than top_p of the mass: [B, N] -> [B, 1].
+
+    `ties_beyond` more tokens of the least score share the mass (those that top_k kept beyond k).
+    """
+    ordered = -mx.sort(-scores, axis=-1)
+    weights = mx.exp(ordered)
+    mass = mx.sum(weights, axis=-1, keepdims=True) + ties_beyond * weights[:, -1:]
+    above = mx.cumsum(weights, axis=-1, inclusive=False)
+    return mx.min(mx.where(above < top_p * mass, ordered, math.inf), axis=-1, keepdims=True)

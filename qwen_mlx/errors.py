@@ -1,0 +1,21 @@
+"""The exceptions a caller may want to catch. A wrong *argument* is a ValueError; these are about files and requests."""
+
+
+class QwenMLXError(Exception):
+    """Base of everything below: one clear sentence, ready to be shown to a person."""
+
+
+class ModelNotFoundError(QwenMLXError):
+    """The model is neither a folder here nor a repository that can be reached."""
+
+
+class CheckpointError(QwenMLXError):
+    """A model folder was found, but what is in it cannot be used: configuration, tensors or values."""
+
+
+class TokenizerError(QwenMLXError):
+    """The tokenizer's files are missing, broken, or would give wrong token ids."""
+
+
+class PromptError(QwenMLXError):
+    """The prompt cannot be answered: empty, not text, refused by the chat template, or too long."""

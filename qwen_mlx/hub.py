@@ -1,0 +1,73 @@
+"""A folder, a hub id or "demo" to a local folder. Downloads through huggingface_hub: its cache, token, offline mode."""
+
+import difflib
+import sys
+from pathlib import Path
+
+from qwen_mlx.errors import ModelNotFoundError
+
+DEFAULT_MODEL = "Qwen/Qwen3.5-0.8B"
+RELEASED_MODELS = tuple(
+    f"Qwen/Qwen3.5-{size}" for size in ("0.8B", "2B", "4B", "9B", "27B", "35B-A3B", "122B-A10B", "397B-A17B")
+)
+# The same patterns every time: offline, the client compares what is cached with what they ask for.
+NEEDED_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "qwen_mlx/gains.safetensors",
+]
+
+
+def resolve(model: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of `model`: the embedded demo for "demo", a local folder, or a downloaded (and cached) hub repository.
+
+    Raises `ModelNotFoundError` with what to do next: no such folder or repository, gated, not logged in, no such
+    revision, no network and not cached, disk full.
+    """
+    if model == "demo":
+        return Path(__file__).parent / "demo"
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelNotFoundError(f"{model} is a file; give the folder that holds config.json and the weights.")
+    if str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
+        raise ModelNotFoundError(f"{model} is no folder here, and no hub id (those look like {DEFAULT_MODEL}).")
+    return _download(str(model), revision)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    # Late: 0.45 s that a local folder need not pay.
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=NEEDED_FILES))
+    except errors.HFValidationError:
+        why = f"{repo} is no folder here, and no hub id (those look like {DEFAULT_MODEL})."
+    except errors.GatedRepoError:
+        why = f"{repo} is gated: accept its terms at https://huggingface.co/{repo}, then run `hf auth login`."
+    except errors.RepositoryNotFoundError:
+        near = difflib.get_close_matches(repo, RELEASED_MODELS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        why = f"The hub has no model {repo}, or it is private: log in with `hf auth login`.{hint}"
+    except errors.RevisionNotFoundError:
+        why = f"{repo} has no revision {revision}."
+    except errors.LocalEntryNotFoundError:
+        why = f"Cannot reach the hub, and {repo} is not completely cached here; `--model demo` needs no network."
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            why = f"The hub does not let you read {repo}: run `hf auth login` or set HF_TOKEN."
+        else:
+            why = f"The hub answered {status} for {repo}; try again later."
+    except OSError as error:
+        why = f"{repo} could not be stored: {error.strerror or error}."
+    raise ModelNotFoundError(why)

@@ -1,0 +1,118 @@
+"""A path or hub id to a model that is ready to run, and its tokenizer."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from qwen_mlx.checkpoint import open_checkpoint, some
+from qwen_mlx.config import read_config
+from qwen_mlx.errors import CheckpointError
+from qwen_mlx.hub import resolve
+from qwen_mlx.kernels.backend import gpu_generation
+from qwen_mlx.model.qwen import Qwen
+from qwen_mlx.tokenizer import Tokenizer
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+# Rounding one of these to 16 bits moves the logits more than everything else that is rounded.
+ALWAYS_FLOAT32 = ("norm.weight", "A_log", "dt_bias")
+MODES = {(32, 4): "mxfp4", (32, 8): "mxfp8", (16, 4): "nvfp4"}  # (group size, bits) of the formats without biases
+LARGEST_FLOAT16 = 65504.0
+
+
+def load(path_or_repo: str | Path, *, revision: str | None = None, dtype: str = "auto") -> tuple[Qwen, Tokenizer]:
+    """Load a model folder, a hub repository, or the embedded "demo": released, MLX and qwen_mlx layouts alike.
+
+    `dtype` of the activations and unquantized weights: "float32", "bfloat16", "float16", or "auto": bfloat16 on M3 and
+    later, float16 on M1 and M2 (which have no native bfloat16), float32 without Metal. Gains, gates and recurrent
+    states are float32 always. Weights are read from disk when they are first used.
+
+    Raises `ModelNotFoundError`, `CheckpointError`, `TokenizerError`; ValueError for an unknown dtype.
+    """
+    folder = resolve(path_or_repo, revision=revision)
+    return load_model(folder, dtype=dtype), Tokenizer.load(folder)
+
+
+def load_model(folder: Path, *, dtype: str = "auto") -> Qwen:
+    """The model of `folder` alone; see `load`."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}.")
+    config = read_config(folder)
+    tensors = open_checkpoint(folder).tensors()
+    if config.text.tie_word_embeddings:
+        # Some tied releases store the head a second time.
+        tensors = {name: array for name, array in tensors.items() if not name.startswith("lm_head.")}
+    model = Qwen(config)
+    _quantize_like(model, tensors)
+    _check_shapes(folder, model, tensors)
+    model.dtype = _choose_dtype(folder, dtype, tensors)
+    for name, array in tensors.items():
+        if mx.issubdtype(array.dtype, mx.floating):
+            wide = name.endswith(ALWAYS_FLOAT32)
+            tensors[name] = array.astype(mx.float32 if wide else model.dtype)
+    model.load_weights(list(tensors.items()))
+    model.eval()
+    return model
+
+
+def weights_with_nan(model: Qwen) -> list[str]:
+    """Names of the weights that hold NaN or infinity; reads all of them."""
+    weights = dict(tree_flatten(model.parameters(), destination={}))
+    return [n for n, a in weights.items() if mx.issubdtype(a.dtype, mx.floating) and not mx.isfinite(a).all().item()]
+
+
+def _quantize_like(model: Qwen, tensors: dict[str, mx.array]) -> None:
+    """Give every layer that has scales the quantized form its tensors show: bits and group size follow from shapes."""
+
+    def form(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        scales, packed = tensors.get(f"{path}.scales"), tensors.get(f"{path}.weight")
+        if scales is None or packed is None or not hasattr(module, "to_quantized"):
+            return False
+        size = module.weight.shape[-1]
+        bits, group_size = 32 * packed.shape[-1] // size, size // max(scales.shape[-1], 1)
+        affine = f"{path}.biases" in tensors
+        mode = "affine" if affine else MODES.get((group_size, bits))
+        if mode is None or bits not in (2, 3, 4, 5, 6, 8) or size % group_size:
+            raise CheckpointError(
+                f"{path} is quantized in a way MLX does not know: {bits} bits in groups of {group_size}, "
+                f"{'with' if affine else 'without'} biases."
+            )
+        return {"group_size": group_size, "bits": bits, "mode": mode}
+
+    nn.quantize(model, class_predicate=form)
+
+
+def _check_shapes(folder: Path, model: Qwen, tensors: dict[str, mx.array]) -> None:
+    expected = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    if missing := expected.keys() - tensors.keys():
+        raise CheckpointError(f"{folder} lacks {some(missing)}; download or convert the model again.")
+    if extra := tensors.keys() - expected.keys():
+        raise CheckpointError(f"{folder} holds tensors that its config.json does not speak of: {some(extra)}.")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise CheckpointError(f"{folder}: {name} has shape {tensors[name].shape}, config.json asks for {shape}.")
+
+
+def _choose_dtype(folder: Path, dtype: str, tensors: dict[str, mx.array]) -> mx.Dtype:
+    chosen = DTYPES[auto_dtype(gpu_generation()) if dtype == "auto" else dtype]
+    if chosen == mx.float16 and (large := _too_large_for_float16(tensors)):
+        if dtype != "auto":
+            raise CheckpointError(f"{folder} does not fit float16: {some(large)} exceed 65504; use bfloat16.")
+        warnings.warn(f"{some(large)} exceed float16's 65504; running in bfloat16 instead.", stacklevel=3)
+        return mx.bfloat16
+    return chosen
+
+
+def auto_dtype(generation: int | None) -> str:
+    """The dtype for an Apple GPU of this generation; None is a machine without Metal."""
+    if generation is None:
+        return "float32"  # the CPU's bfloat16 matmul is an order of magnitude slower
+    return "bfloat16" if generation >= 15 else "float16"
+
+
+def _too_large_for_float16(tensors: dict[str, mx.array]) -> list[str]:
+    wide = {n: a for n, a in tensors.items() if a.dtype in (mx.bfloat16, mx.float32)}
+    return [name for name, array in wide.items() if (mx.max(mx.abs(array)) > LARGEST_FLOAT16).item()]

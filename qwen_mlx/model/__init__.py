@@ -1,0 +1,1 @@
+"""Tokens to logits. Knows no tokenizer, no sampling and no speculation."""

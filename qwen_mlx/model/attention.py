@@ -1,0 +1,41 @@
+"""Full attention with an output gate (`Qwen3_5Attention`)."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qwen_mlx.cache.kv import KVCache
+from qwen_mlx.config import TextConfig
+from qwen_mlx.kernels.activations import sigmoid
+from qwen_mlx.model.norm import RMSNorm
+from qwen_mlx.model.rope import RotaryEmbedding
+
+
+class Attention(nn.Module):
+    """out = W_o (softmax(q k^T / sqrt(Dh)) v * sigmoid(gate)); q and gate come from one projection, per head."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        D, Dh = config.hidden_size, config.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, Dh
+        self.q_proj = nn.Linear(D, self.num_heads * 2 * Dh, bias=False)
+        self.k_proj = nn.Linear(D, self.num_kv_heads * Dh, bias=False)
+        self.v_proj = nn.Linear(D, self.num_kv_heads * Dh, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * Dh, D, bias=False)
+        self.q_norm = RMSNorm(Dh, config.rms_norm_eps)
+        self.k_norm = RMSNorm(Dh, config.rms_norm_eps)
+        self._rope = RotaryEmbedding(config.rotary_dim, config.rope_parameters)
+
+    def __call__(
+        self, x: mx.array, cache: KVCache, mask: mx.array | str | None, positions: mx.array | None
+    ) -> mx.array:
+        """x [B, T, D] -> [B, T, D]; mask: "causal", None (one token), or bool [B, 1, T, S]; positions as in `rope`."""
+        B, T, _ = x.shape
+        q, gate = mx.split(self.q_proj(x).reshape(B, T, self.num_heads, 2 * self.head_dim), 2, axis=-1)
+        k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        q, k, v = (y.transpose(0, 2, 1, 3) for y in (self.q_norm(q), self.k_norm(k), v))  # [B, H, T, Dh]
+        q, k = (self._rope(y, cache.offset, positions) for y in (q, k))
+        k, v = cache.update(k, v)
+        o = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
+        o = (o.transpose(0, 2, 1, 3) * sigmoid(gate)).astype(x.dtype)
+        return self.o_proj(o.reshape(B, T, -1))

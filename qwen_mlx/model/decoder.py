@@ -1,0 +1,58 @@
+"""Embeddings to hidden states: the stack of layers and the final norm."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qwen_mlx.cache.kv import KVCache
+from qwen_mlx.cache.recurrent import RecurrentCache
+from qwen_mlx.cache.sequence import SequenceCache
+from qwen_mlx.config import FULL, TextConfig
+from qwen_mlx.model.attention import Attention
+from qwen_mlx.model.gated_deltanet import GatedDeltaNet
+from qwen_mlx.model.mlp import MLP
+from qwen_mlx.model.moe import SparseMoeBlock
+from qwen_mlx.model.norm import RMSNorm
+from qwen_mlx.model.span import Span
+
+
+class DecoderLayer(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: TextConfig, layer_type: str) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.is_full_attention = layer_type == FULL
+        if self.is_full_attention:
+            self.self_attn = Attention(config)
+        else:
+            self.linear_attn = GatedDeltaNet(config)
+        if config.moe:
+            self.mlp = SparseMoeBlock(D, config.moe)
+        else:
+            assert config.intermediate_size is not None
+            self.mlp = MLP(D, config.intermediate_size)
+        self.input_layernorm = RMSNorm(D, eps)
+        self.post_attention_layernorm = RMSNorm(D, eps)
+
+    def __call__(self, x: mx.array, cache: KVCache | RecurrentCache, span: Span) -> mx.array:
+        normed = self.input_layernorm(x)
+        if isinstance(cache, KVCache):
+            mixed = self.self_attn(normed, cache, span.attention, span.positions)
+        else:
+            mixed = self.linear_attn(normed, cache, span.tokens)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, layer_type) for layer_type in config.layer_types]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, cache: SequenceCache, span: Span) -> mx.array:
+        """x [B, T, D] -> [B, T, D], after the final norm."""
+        for layer, layer_cache in zip(self.layers, cache.layers):
+            x = layer(x, layer_cache, span)
+        return self.norm(x)

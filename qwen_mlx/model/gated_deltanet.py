@@ -1,0 +1,77 @@
+"""Linear attention by the gated delta rule (Yang et al. 2024, arXiv 2412.06464; `Qwen3_5GatedDeltaNet`)."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qwen_mlx.cache.recurrent import RecurrentCache
+from qwen_mlx.config import TextConfig
+from qwen_mlx.kernels.activations import sigmoid
+from qwen_mlx.kernels.causal_conv1d import causal_conv1d
+from qwen_mlx.kernels.gated_delta import gated_delta_rule
+from qwen_mlx.model.norm import GatedRMSNorm
+
+L2_EPS = 1e-6
+
+
+class Convolution(nn.Module):
+    """The taps of the depthwise convolution, [Cn, K]."""
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((channels, taps))
+
+
+class GatedDeltaNet(nn.Module):
+    """S_t = alpha S_{t-1} + beta (v - alpha S_{t-1} k) k^T, o = S_t q; gates and state in float32."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.num_key_heads, self.num_value_heads = config.linear_num_key_heads, config.linear_num_value_heads
+        self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        keys, values = self.num_key_heads * self.key_dim, self.num_value_heads * self.value_dim
+        self.in_proj_qkv = nn.Linear(D, 2 * keys + values, bias=False)
+        self.in_proj_z = nn.Linear(D, values, bias=False)
+        self.in_proj_b = nn.Linear(D, self.num_value_heads, bias=False)
+        self.in_proj_a = nn.Linear(D, self.num_value_heads, bias=False)
+        self.conv1d = Convolution(2 * keys + values, config.linear_conv_kernel_dim)
+        self.A_log = mx.zeros((self.num_value_heads,), mx.float32)
+        self.dt_bias = mx.zeros((self.num_value_heads,), mx.float32)
+        self.norm = GatedRMSNorm(self.value_dim, config.rms_norm_eps)
+        self.out_proj = nn.Linear(values, D, bias=False)
+
+    def __call__(self, x: mx.array, cache: RecurrentCache, tokens: mx.array | None) -> mx.array:
+        """x [B, T, D] -> [B, T, D]; `tokens` bool [B, T], False on left padding."""
+        B, T, _ = x.shape
+        z = self.in_proj_z(x).reshape(B, T, self.num_value_heads, self.value_dim)
+        conv_state, state = self._states(cache, B, x.dtype)
+        # Padding is zeroed before the convolution: k = v = 0 leaves an empty state empty.
+        mixed, conv_state = causal_conv1d(self.in_proj_qkv(x), self.conv1d.weight, conv_state, mask=tokens)
+        keys = self.num_key_heads * self.key_dim
+        q, k, v = mx.split(mixed, [keys, 2 * keys], axis=-1)
+        q, k = (y.reshape(B, T, self.num_key_heads, self.key_dim) for y in (q, k))
+        v = v.reshape(B, T, self.num_value_heads, self.value_dim)
+        g, beta = self._gates(x)
+        o, state = gated_delta_rule(l2_norm(q) * self.key_dim**-0.5, l2_norm(k), v.astype(mx.float32), g, beta, state)
+        cache.conv_state, cache.recurrent_state = conv_state, state
+        return self.out_proj(self.norm(o, z).reshape(B, T, -1))
+
+    def _gates(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Log decay g = -exp(A_log) softplus(a + dt_bias), and beta = sigmoid(b): [B, T, Hv] float32."""
+        a = self.in_proj_a(x).astype(mx.float32) + self.dt_bias
+        return -mx.exp(self.A_log) * nn.softplus(a), sigmoid(self.in_proj_b(x))
+
+    def _states(self, cache: RecurrentCache, batch: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        if cache.conv_state is not None and cache.recurrent_state is not None:
+            return cache.conv_state, cache.recurrent_state
+        channels, taps = self.conv1d.weight.shape
+        return (
+            mx.zeros((batch, taps - 1, channels), dtype),
+            mx.zeros((batch, self.num_value_heads, self.value_dim, self.key_dim), mx.float32),
+        )
+
+
+def l2_norm(x: mx.array) -> mx.array:
+    """x / sqrt(sum(x^2) + 1e-6) over the last axis, in float32."""
+    size = x.shape[-1]
+    return mx.fast.rms_norm(x.astype(mx.float32), None, L2_EPS / size) * size**-0.5

@@ -1,0 +1,19 @@
+"""The gated feed-forward block."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qwen_mlx.kernels.activations import swiglu
+
+
+class MLP(nn.Module):
+    """W_down(silu(W_gate x) * W_up x)."""
+
+    def __init__(self, size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -1,0 +1,52 @@
+"""The text model: token ids to logits in three steps, `embed`, `hidden`, `logits`."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qwen_mlx.cache.kv import KVCache
+from qwen_mlx.cache.recurrent import RecurrentCache
+from qwen_mlx.cache.sequence import SequenceCache
+from qwen_mlx.config import FULL, ModelConfig
+from qwen_mlx.model.decoder import Decoder
+from qwen_mlx.model.span import make_span
+
+
+class Qwen(nn.Module):
+    """Qwen3.5's hybrid decoder (`Qwen3_5ForCausalLM`, `Qwen3_5MoeForCausalLM`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = mx.float32  # of the activations; `load` sets it
+        self.model = Decoder(config.text)
+        if not config.text.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+
+    def make_cache(self, left_padding: Sequence[int] | None = None) -> SequenceCache:
+        """An empty cache; `left_padding` counts the padding tokens in front of each row of the batch."""
+        kinds = [KVCache() if kind == FULL else RecurrentCache() for kind in self.config.text.layer_types]
+        return SequenceCache(kinds, None if left_padding is None else mx.array(left_padding))
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """tokens [B, T] -> [B, T, D]"""
+        return self.model.embed_tokens(tokens).astype(self.dtype)
+
+    def hidden(self, x: mx.array, cache: SequenceCache, positions: mx.array | None = None) -> mx.array:
+        """x [B, T, D] -> hidden states after the final norm, [B, T, D]; the cache takes the T tokens in.
+
+        `positions` [3, B, T] (time, height, width) where images make them differ from the place in the sequence.
+        """
+        span = make_span(x.shape[1], cache.offset, left_padding=cache.left_padding, positions=positions)
+        return self.model(x, cache, span)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """hidden [B, T, D] -> [B, T, V], padding rows of the vocabulary included."""
+        if self.config.text.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    def __call__(self, tokens: mx.array, cache: SequenceCache | None = None) -> mx.array:
+        """tokens [B, T] -> logits [B, T, V]; without a cache the sequence is forgotten."""
+        return self.logits(self.hidden(self.embed(tokens), cache or self.make_cache()))

@@ -1,0 +1,31 @@
+"""What every layer must know about the tokens of one call, made once and passed down."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Span:
+    """`attention`: "causal", None for a single token, or bool [B, 1, T, S] where rows are padded on the left.
+    `tokens`: bool [B, T], False on padding, or None without padding.
+    `positions`: [3, B, T] where images make them differ from the place in the sequence, else None.
+    """
+
+    attention: mx.array | str | None
+    tokens: mx.array | None = None
+    positions: mx.array | None = None
+
+
+def make_span(
+    count: int, offset: int, *, left_padding: mx.array | None = None, positions: mx.array | None = None
+) -> Span:
+    """The span of `count` tokens behind `offset` others; `left_padding` [B] counts the padding in front of each row."""
+    if left_padding is None:
+        return Span("causal" if count > 1 else None, None, positions)
+    keys = mx.arange(offset + count)
+    queries = keys[offset:, None]
+    real = keys >= left_padding[:, None]  # [B, S]
+    # A padded query still sees itself: a row of the softmax with nothing to see would be NaN.
+    attention = (keys == queries) | ((keys < queries) & real[:, None])
+    return Span(attention[:, None], real[:, offset:], positions)
