@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from qwen_mlx.config import read_json
 from qwen_mlx.errors import CheckpointError
@@ -57,7 +58,7 @@ class Checkpoint:
         """Every text tensor, lazy, by our name; the gains of the layout decided by structure and checked by value."""
         files = sorted({header.file for header in self.headers.values()})
         raw = {name: array for file in files for name, array in _load(file).items() if name in self.names}
-        tensors = {}
+        tensors: dict[str, mx.array] = {}
         for name, array in raw.items():
             tensors |= _reform(self.names[name], array)
         gains = {n: a.astype(mx.float32) for n, a in tensors.items() if ZERO_CENTRED.search(n)}
@@ -70,13 +71,15 @@ class Checkpoint:
         shift = 1.0 if self.layout == "released" else 0.0
         for kind in ("input", "post_attention"):
             means = [mx.mean(a) for n, a in gains.items() if n.endswith(f".{kind}_layernorm.weight")]
-            stored = mx.mean(mx.stack(means)).item() if means else 1.0 - shift
+            if not means:
+                continue
+            stored = float(np.array(mx.mean(mx.stack(means))))
             low, high = PLAUSIBLE_GAIN
             if math.isfinite(stored) and not low <= stored + shift <= high:
                 raise CheckpointError(
-                    f"{self.folder}: the {kind} norms do not fit the {self.layout} layout: their mean is {stored:.3f} as "
-                    f"stored and would be {stored + shift:.3f} as a gain, which should lie between {low} and {high}. "
-                    "The file was shifted once too often or once too little; convert the original release again."
+                    f"{self.folder}: the {kind} norms do not fit the {self.layout} layout: their mean is "
+                    f"{stored:.3f} as stored and would be {stored + shift:.3f} as a gain, which should lie between {low} and "
+                    f"{high}. The file was shifted once too often or once too little; convert the original release again."
                 )
         return {name: array + shift for name, array in gains.items()}
 
@@ -132,9 +135,8 @@ def _layout(folder: Path, headers: dict[str, Header]) -> str:
     convolutions = {name: header.shape for name, header in headers.items() if name.endswith(CONV)}
     odd = [name for name, shape in convolutions.items() if len(shape) != 3 or 1 not in shape[1:]]
     if odd:
-        raise CheckpointError(
-            f"{odd[0]} must be [channels, 1, taps] or [channels, taps, 1], not {convolutions[odd[0]]}."
-        )
+        shape = convolutions[odd[0]]
+        raise CheckpointError(f"{odd[0]} must be [channels, 1, taps] or [channels, taps, 1], not {list(shape)}.")
     released = {name for name, shape in convolutions.items() if shape[1] == 1}
     if released and released != convolutions.keys():
         converted = next(iter(convolutions.keys() - released))

@@ -50,7 +50,7 @@ class TextConfig:
     rms_norm_eps: float
     rope_parameters: RopeParameters
     tie_word_embeddings: bool
-    intermediate_size: int | None  # None in a mixture-of-experts model
+    intermediate_size: int  # 0 in a mixture-of-experts model
     moe: MoeConfig | None
 
     @property
@@ -133,7 +133,7 @@ def _text_config(nested: Mapping[str, Any], raw: Mapping[str, Any]) -> TextConfi
         rope_parameters=_rope_parameters(nested),
         # Untied releases say so only in one of the two places.
         tie_word_embeddings=bool(_require(nested if "tie_word_embeddings" in nested else raw, "tie_word_embeddings")),
-        intermediate_size=None if has_experts else _size(nested, "intermediate_size"),
+        intermediate_size=0 if has_experts else _size(nested, "intermediate_size"),
         moe=MoeConfig(
             num_experts=_size(nested, "num_experts"),
             num_experts_per_tok=_size(nested, "num_experts_per_tok"),

@@ -60,8 +60,8 @@ def load_model(folder: Path, *, dtype: str = "auto") -> Qwen:
 
 def weights_with_nan(model: Qwen) -> list[str]:
     """Names of the weights that hold NaN or infinity; reads all of them."""
-    weights = dict(tree_flatten(model.parameters(), destination={}))
-    return [n for n, a in weights.items() if mx.issubdtype(a.dtype, mx.floating) and not mx.isfinite(a).all().item()]
+    weights = _parameters(model).items()
+    return [n for n, a in weights if mx.issubdtype(a.dtype, mx.floating) and not mx.isfinite(a).all().item()]
 
 
 def _quantize_like(model: Qwen, tensors: dict[str, mx.array]) -> None:
@@ -86,7 +86,7 @@ def _quantize_like(model: Qwen, tensors: dict[str, mx.array]) -> None:
 
 
 def _check_shapes(folder: Path, model: Qwen, tensors: dict[str, mx.array]) -> None:
-    expected = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    expected = {name: array.shape for name, array in _parameters(model).items()}
     if missing := expected.keys() - tensors.keys():
         raise CheckpointError(f"{folder} lacks {some(missing)}; download or convert the model again.")
     if extra := tensors.keys() - expected.keys():
@@ -94,6 +94,12 @@ def _check_shapes(folder: Path, model: Qwen, tensors: dict[str, mx.array]) -> No
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise CheckpointError(f"{folder}: {name} has shape {tensors[name].shape}, config.json asks for {shape}.")
+
+
+def _parameters(model: Qwen) -> dict[str, mx.array]:
+    flat = tree_flatten(model.parameters(), destination={})
+    assert isinstance(flat, dict)
+    return flat
 
 
 def _choose_dtype(folder: Path, dtype: str, tensors: dict[str, mx.array]) -> mx.Dtype:

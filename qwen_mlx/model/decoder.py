@@ -26,11 +26,7 @@ class DecoderLayer(nn.Module):
             self.self_attn = Attention(config)
         else:
             self.linear_attn = GatedDeltaNet(config)
-        if config.moe:
-            self.mlp = SparseMoeBlock(D, config.moe)
-        else:
-            assert config.intermediate_size is not None
-            self.mlp = MLP(D, config.intermediate_size)
+        self.mlp = SparseMoeBlock(D, config.moe) if config.moe else MLP(D, config.intermediate_size)
         self.input_layernorm = RMSNorm(D, eps)
         self.post_attention_layernorm = RMSNorm(D, eps)
 

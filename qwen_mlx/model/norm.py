@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * gain * silu(gate), all in float32 (`Qwen3_5RMSNormGated`; a plain gain, no 1 +)."""
+    """y = x / sqrt(mean(x^2) + eps) * gain * silu(gate), in float32 (`Qwen3_5RMSNormGated`: a plain gain)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

@@ -26,8 +26,8 @@ class Qwen(nn.Module):
 
     def make_cache(self, left_padding: Sequence[int] | None = None) -> SequenceCache:
         """An empty cache; `left_padding` counts the padding tokens in front of each row of the batch."""
-        kinds = [KVCache() if kind == FULL else RecurrentCache() for kind in self.config.text.layer_types]
-        return SequenceCache(kinds, None if left_padding is None else mx.array(left_padding))
+        layers = [KVCache() if kind == FULL else RecurrentCache() for kind in self.config.text.layer_types]
+        return SequenceCache(layers, None if left_padding is None else mx.array(list(left_padding)))
 
     def embed(self, tokens: mx.array) -> mx.array:
         """tokens [B, T] -> [B, T, D]"""
