@@ -78,8 +78,8 @@ class Checkpoint:
             if math.isfinite(stored) and not low <= stored + shift <= high:
                 raise CheckpointError(
                     f"{self.folder}: the {kind} norms do not fit the {self.layout} layout: their mean is "
-                    f"{stored:.3f} as stored and would be {stored + shift:.3f} as a gain, which should lie between {low} and "
-                    f"{high}. The file was shifted once too often or once too little; convert the original release again."
+                    f"{stored:.3f} as stored and would be {stored + shift:.3f} as a gain, which must lie "
+                    f"between {low} and {high}. The file was shifted once too often or once too little; convert the original release again."
                 )
         return {name: array + shift for name, array in gains.items()}
 

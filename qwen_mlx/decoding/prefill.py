@@ -1,0 +1,31 @@
+"""Prompt tokens into the cache, in chunks that bound the memory, and the logits of the token that follows."""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from qwen_mlx.cache.sequence import SequenceCache
+from qwen_mlx.model.qwen import Qwen
+
+
+def prefill(
+    model: Qwen,
+    tokens: Sequence[int],
+    cache: SequenceCache,
+    *,
+    step_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> mx.array:
+    """Logits [1, V] after `tokens`; the output matrix meets the last position only.
+
+    `progress(done, total)` is called after every chunk of at most `step_size` tokens. Interrupted, the cache holds
+    the chunks that were finished.
+    """
+    for start in range(0, len(tokens), step_size):
+        chunk = mx.array([list(tokens[start : start + step_size])])
+        hidden = model.hidden(model.embed(chunk), cache)
+        mx.eval(hidden, cache.arrays)
+        mx.clear_cache()
+        if progress:
+            progress(start + chunk.size, len(tokens))
+    return model.logits(hidden[:, -1:])[:, 0]

@@ -1,0 +1,259 @@
+"""The walk: messages -> prompt text -> tokens -> logits -> token -> text, one function that yields.
+
+`python -m qwen_mlx.generate --model demo --prompt "Once upon a time"` is its command.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from qwen_mlx.chat.template import render
+from qwen_mlx.cli import Parser, Progress, read_prompt, run
+from qwen_mlx.decoding.autoregressive import decode
+from qwen_mlx.decoding.prefill import prefill
+from qwen_mlx.decoding.sampling import Sampler, SamplingParams, default_params
+from qwen_mlx.decoding.stop import StopStrings
+from qwen_mlx.errors import CheckpointError, PromptError, TokenizerError
+from qwen_mlx.hub import DEFAULT_MODEL
+from qwen_mlx.load import load, weights_with_nan
+from qwen_mlx.model.qwen import Qwen
+from qwen_mlx.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+PREFILL_STEP = 512  # tokens: as fast as 2,048 and lighter on memory
+
+
+@dataclass
+class GenerationResponse:
+    """What one token brought. Rates are tokens a second, times seconds, memory gigabytes."""
+
+    text: str  # what may be shown now; empty while a character or a stop string may still be open
+    token: int
+    logprobs: mx.array  # [V], log softmax of the raw logits; not computed before it is looked at
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    time_to_first_token: float
+    finish_reason: str | None = None  # on the last: "stop" or "length"
+
+
+def stream_generate(
+    model: Qwen,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    *,
+    thinking: bool | None = None,
+    prefill_step_size: int = PREFILL_STEP,
+    progress: Callable[[int, int], None] | None = None,
+    **sampling: Any,
+) -> Iterator[GenerationResponse]:
+    """Answer `prompt`: messages (through the chat template), text as it stands, or token ids.
+
+    `params` default to the checkpoint's recommendation; single fields may be given by keyword (`temperature=0.7`).
+    `thinking` switches the template's thinking on or off; None leaves it as the checkpoint has it.
+    `progress(done, total)` follows the prompt. The texts of all responses make up the answer.
+
+    Raises PromptError for a prompt that is empty, too long or refused by the template, CheckpointError for weights
+    that are not numbers, TokenizerError for a tokenizer of another model, ValueError for a parameter out of range.
+    """
+    start = time.perf_counter()
+    tokens, is_thinking = _prompt_tokens(tokenizer, prompt, thinking)
+    params = replace(params or recommended_params(model, thinking=is_thinking), **sampling)
+    room = model.config.text.max_position_embeddings - len(tokens)
+    _check(model, tokenizer, tokens, room)
+    mx.reset_peak_memory()
+    cache = model.make_cache()
+    logits = prefill(model, tokens, cache, step_size=prefill_step_size, progress=progress)
+    if not mx.isfinite(logits).all().item():
+        broken = ", ".join(weights_with_nan(model)[:4]) or "the activations overflow; try dtype bfloat16 or float32"
+        raise CheckpointError(f"The model's logits are not numbers: {broken}.")
+    sampler = Sampler(params, tokens, vocab_size=logits.shape[-1], num_real_tokens=tokenizer.vocab_size)
+    eos = {*model.config.eos_token_ids, tokenizer.eos_token_id}
+    detokenizer, stops = tokenizer.detokenizer(skip_special_tokens=True), StopStrings(params.stop)
+    count = min(params.max_tokens, room)
+    first = time.perf_counter()
+    for n, (token, row) in enumerate(decode(model, logits, cache, sampler, count=count), start=1):
+        now = time.perf_counter()
+        if n == 1:
+            first = now
+        text, met = ("", False) if token in eos else stops.feed(detokenizer.add(token))
+        finish = "stop" if met or token in eos else "length" if n == count else None
+        if finish and not met:
+            rest, met = stops.feed(detokenizer.finish())
+            text += rest + ("" if met else stops.flush())
+        yield GenerationResponse(
+            text=text,
+            token=token,
+            logprobs=row - mx.logsumexp(row),
+            from_draft=False,
+            prompt_tokens=len(tokens),
+            prompt_tps=len(tokens) / (first - start),
+            generation_tokens=n,
+            generation_tps=(n - 1) / (now - first) if n > 1 else 0.0,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            time_to_first_token=first - start,
+            finish_reason=finish,
+        )
+        if finish:
+            return
+
+
+def generate(
+    model: Qwen, tokenizer: Tokenizer, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+) -> str:
+    """The whole answer to `prompt` as text; arguments and errors are those of `stream_generate`."""
+    return "".join(r.text for r in stream_generate(model, tokenizer, prompt, params, **options))
+
+
+def recommended_params(model: Qwen, *, thinking: bool) -> SamplingParams:
+    """What the checkpoint's generation_config.json asks for, else the model card of its size and mode."""
+    text = model.config.text
+    is_small = text.moe is None and text.hidden_size <= 2048  # 0.8B and 2B have their own rows on the card
+    return default_params(model.config.generation, is_small=is_small, thinking=thinking)
+
+
+def _prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, thinking: bool | None) -> tuple[list[int], bool]:
+    """Token ids of the prompt, and whether it leaves the model inside a block of thinking."""
+    if isinstance(prompt, str):
+        text = prompt
+    elif prompt and isinstance(prompt[0], Mapping):
+        messages = [m for m in prompt if isinstance(m, Mapping)]
+        text = render(tokenizer.chat_template, messages, thinking=thinking, special_tokens=tokenizer.special_tokens)
+    else:
+        return [int(i) for i in prompt], False  # type: ignore[arg-type]
+    return tokenizer.encode(text), text.rstrip().endswith("<think>")
+
+
+def _check(model: Qwen, tokenizer: Tokenizer, tokens: list[int], room: int) -> None:
+    config = model.config.text
+    if not tokens:
+        raise PromptError("The prompt is empty; give at least one word.")
+    if room < 1:
+        raise PromptError(
+            f"The prompt has {len(tokens)} tokens; the model takes {config.max_position_embeddings - 1} at most."
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens and the model only {config.vocab_size}: "
+            "they belong to different models."
+        )
+    if wrong := next((i for i in tokens if not 0 <= i < config.vocab_size), None):
+        raise ValueError(f"prompt has token id {wrong}, but ids run from 0 to {config.vocab_size - 1}.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    given = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
+    try:
+        SamplingParams(**given)
+    except ValueError as error:
+        raise PromptError(str(error)) from None
+    prompt = read_prompt(args.prompt)
+    if not prompt.strip():
+        raise PromptError("The prompt is empty; give at least one word.")
+    messages = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    messages.append({"role": "user", "content": prompt})
+    thinking = {"auto": None, "on": True, "off": False}[args.thinking]
+    start = time.perf_counter()
+    model, tokenizer = load(args.model, revision=args.revision, dtype=args.dtype)
+    loaded = time.perf_counter() - start
+    responses: list[GenerationResponse] = []
+    try:
+        with Progress("Prompt") as progress:
+            for response in stream_generate(
+                model,
+                tokenizer,
+                prompt if args.raw else messages,
+                thinking=thinking,
+                prefill_step_size=args.prefill_step_size,
+                progress=progress.update,
+                **given,
+            ):
+                progress.close()
+                responses.append(replace(response, logprobs=mx.array(0.0)))
+                if not args.json:
+                    print(response.text, end="", flush=True)
+    except KeyboardInterrupt:
+        _close(args, responses, loaded)
+        raise
+    _close(args, responses, loaded)
+
+
+_SAMPLING = (
+    "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed stop".split()
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="qwen-mlx generate", description="Write a text with a Qwen3.5 model.")
+    add = parser.add_argument
+    add("--model", default=DEFAULT_MODEL, help=f'folder, hub id, or "demo" (default: {DEFAULT_MODEL})')
+    add("--revision", help="branch, tag or commit on the hub")
+    add("--prompt", "-p", help='the prompt; "-" or nothing reads it from stdin')
+    add("--system-prompt", help="instructions that go before the prompt")
+    add("--raw", action="store_true", help="continue the prompt as it stands, without the chat template")
+    add("--thinking", choices=("auto", "on", "off"), default="auto", help="auto: as the checkpoint's template has it")
+    add("--max-tokens", "-m", type=int, help="longest answer in tokens (default: 512)")
+    add("--temp", dest="temperature", type=float, help="temperature; 0 is greedy (default: the checkpoint's)")
+    add("--top-p", type=float, help="sample from the likeliest tokens that hold this much of the mass")
+    add("--top-k", type=int, help="sample from this many of the likeliest tokens; 0: all")
+    add("--min-p", type=float, help="drop tokens less likely than this times the likeliest")
+    add("--repetition-penalty", type=float, help="above 1, tokens of prompt and answer become less likely")
+    add("--presence-penalty", type=float, help="subtracted once from every token of the answer")
+    add("--frequency-penalty", type=float, help="subtracted from a token each time it stands in the answer")
+    add("--seed", type=int, help="the same seed gives the same text")
+    add("--stop", action="append", help="end before this text; may be given several times")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the activations")
+    add("--prefill-step-size", type=int, default=PREFILL_STEP, help=f"tokens at a time (default: {PREFILL_STEP})")
+    add("--json", action="store_true", help="print one JSON object at the end instead of the text")
+    add("--verbose", action="store_true", help="say on stderr how long it took")
+    return parser
+
+
+def _close(args: argparse.Namespace, responses: list[GenerationResponse], loaded: float) -> None:
+    """End the line, or print the JSON object; then the closing lines of --verbose."""
+    print(json.dumps(_report(args.model, responses, loaded)) if args.json else "", flush=True)
+    if args.verbose and responses:
+        print(_summary(responses[-1]), file=sys.stderr)
+
+
+def _report(model: str, responses: list[GenerationResponse], loaded: float) -> dict[str, Any]:
+    report: dict[str, Any] = {"model": model, "text": "".join(r.text for r in responses)}
+    report["finish_reason"] = "interrupted"
+    if responses:
+        last = responses[-1]
+        report["finish_reason"] = last.finish_reason or "interrupted"
+        report["usage"] = {"prompt_tokens": last.prompt_tokens, "completion_tokens": last.generation_tokens}
+        report["timings"] = {
+            "load_s": round(loaded, 4),
+            "time_to_first_token_s": round(last.time_to_first_token, 4),
+            "prompt_tps": round(last.prompt_tps, 3),
+            "generation_tps": round(last.generation_tps, 3),
+        }
+        report["peak_memory_gb"] = round(last.peak_memory, 3)
+    return report
+
+
+def _summary(last: GenerationResponse) -> str:
+    """The closing lines of mlx-lm, whose wording people parse, and the time to the first token."""
+    return (
+        f"{'=' * 10}\n"
+        f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.3f} tokens-per-sec\n"
+        f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec\n"
+        f"Peak memory: {last.peak_memory:.3f} GB\n"
+        f"Time to first token: {last.time_to_first_token:.3f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
