@@ -3,7 +3,8 @@
 import importlib
 import sys
 
-from qwen_mlx.cli import run
+from qwen_mlx import __version__
+from qwen_mlx.cli import Parser, run
 
 VERBS = {"generate": "write a text with a Qwen3.5 model"}
 
@@ -14,20 +15,20 @@ def _usage() -> str:
 
 
 def main() -> int:
-    verb, *rest = sys.argv[1:] or ["--help"]
+    return run(lambda: _dispatch(sys.argv[1:]))
+
+
+def _dispatch(arguments: list[str]) -> None:
+    verb, *rest = arguments or [""]
     if verb in ("-h", "--help"):
         print(_usage())
-        return 0
-    if verb == "--version":
-        from qwen_mlx import __version__
-
+    elif verb == "--version":
         print(f"qwen-mlx {__version__}")
-        return 0
-    if verb not in VERBS:
-        print(f"error: there is no verb {verb}; the verbs are {', '.join(VERBS)}.", file=sys.stderr)
-        return 2
-    module = importlib.import_module(f"qwen_mlx.{verb}")
-    return run(lambda: module.main(rest))
+    elif verb in VERBS:
+        importlib.import_module(f"qwen_mlx.{verb}").main(rest)
+    else:
+        wrong = f"there is no verb {verb}" if verb else "a verb is missing"
+        Parser(prog="qwen-mlx", description="").error(f"{wrong}; the verbs are {', '.join(VERBS)}")
 
 
 if __name__ == "__main__":

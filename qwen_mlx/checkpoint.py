@@ -12,12 +12,11 @@ qwen_mlx   the MLX layout with the exact float32 gains in qwen_mlx/gains.safeten
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from qwen_mlx.config import read_json
 from qwen_mlx.errors import CheckpointError
@@ -35,6 +34,7 @@ OTHER_PARTS = re.compile(r"^((model\.)?(language_model\.)?(model\.)?)?(visual|mt
 ZERO_CENTRED = re.compile(r"(layernorm|q_norm|k_norm|^model\.norm)\.weight$")
 CONV = "linear_attn.conv1d.weight"
 GAINS = Path("qwen_mlx", "gains.safetensors")
+ROUNDING = 2.0**-8  # of a bfloat16, relative, with room for another way of rounding
 PLAUSIBLE_GAIN = (0.5, 1.6)  # mean over all layer norms of the released models, and of their conversions, with room
 
 
@@ -60,7 +60,10 @@ class Checkpoint:
         raw = {name: array for file in files for name, array in _load(file).items() if name in self.names}
         tensors: dict[str, mx.array] = {}
         for name, array in raw.items():
-            tensors |= _reform(self.names[name], array)
+            reformed = _reform(self.names[name], array)
+            if again := reformed.keys() & tensors.keys():
+                raise CheckpointError(f"{self.folder} stores {some(again)} twice, under different names.")
+            tensors |= reformed
         gains = {n: a.astype(mx.float32) for n, a in tensors.items() if ZERO_CENTRED.search(n)}
         tensors |= self._absolute(gains)
         if self.layout == "qwen_mlx":
@@ -73,21 +76,31 @@ class Checkpoint:
             means = [mx.mean(a) for n, a in gains.items() if n.endswith(f".{kind}_layernorm.weight")]
             if not means:
                 continue
-            stored = float(np.array(mx.mean(mx.stack(means))))
+            stored = mx.mean(mx.stack(means)).item()
+            assert isinstance(stored, float)
             low, high = PLAUSIBLE_GAIN
             if math.isfinite(stored) and not low <= stored + shift <= high:
                 raise CheckpointError(
-                    f"{self.folder}: the {kind} norms do not fit the {self.layout} layout: their mean is "
-                    f"{stored:.3f} as stored and would be {stored + shift:.3f} as a gain, which must lie "
-                    f"between {low} and {high}. The file was shifted once too often or once too little; convert the original release again."
+                    f"{self.folder}: the {kind} norms were shifted once too often or too little for the {self.layout} "
+                    f"layout, their mean being {stored:.3f} as stored, {stored + shift:.3f} as a gain, and plausible "
+                    f"between {low} and {high}; convert the original release again."
                 )
         return {name: array + shift for name, array in gains.items()}
 
-    def _exact_gains(self, gains: dict[str, mx.array]) -> dict[str, mx.array]:
-        exact = {_our_name(name) or name: array for name, array in _load(self.folder / GAINS).items()}
-        if exact.keys() - gains.keys():
-            raise CheckpointError(f"{self.folder / GAINS} holds unknown gains: {some(exact.keys() - gains.keys())}.")
-        return {name: array.astype(mx.float32) for name, array in exact.items()}
+    def _exact_gains(self, rounded: dict[str, mx.array]) -> dict[str, mx.array]:
+        file = self.folder / GAINS
+        names = {name: _our_name(name) or name for name in _read_header(file)}
+        exact = {names[name]: array.astype(mx.float32) for name, array in _load(file).items()}
+        if unknown := exact.keys() - rounded.keys():
+            raise CheckpointError(f"{file} holds unknown gains: {some(unknown)}.")
+        for name, array in exact.items():
+            close = array.shape == rounded[name].shape and mx.allclose(rounded[name], array, ROUNDING, equal_nan=True)
+            if not close:
+                raise CheckpointError(
+                    f"{file} does not belong to the weights beside it: {name} is not what they hold rounded; delete it "
+                    "or convert the model again."
+                )
+        return exact
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -98,7 +111,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     headers: dict[str, Header] = {}
     for file in _files(folder):
-        for name, header in _read_header(file):
+        for name, header in _read_header(file).items():
             if OTHER_PARTS.match(name):
                 continue
             if name in headers:
@@ -117,6 +130,8 @@ def _reform(name: str, array: mx.array) -> dict[str, mx.array]:
         return {name: array.reshape(array.shape[0], -1)}
     experts, _, kind = name.rpartition("experts.")
     if kind == "gate_up_proj":
+        if array.ndim != 3 or array.shape[1] % 2:
+            raise CheckpointError(f"{name} must be [experts, 2 x size, hidden size], not {list(array.shape)}.")
         gate, up = mx.split(array, 2, axis=1)
         return {f"{experts}switch_mlp.gate_proj.weight": gate, f"{experts}switch_mlp.up_proj.weight": up}
     if kind == "down_proj":
@@ -154,11 +169,12 @@ def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map.")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index} has no weight_map from tensors to files; download it again.")
         files = [folder / name for name in sorted(set(weight_map.values()))]
     else:
-        files = sorted(folder.glob("model*.safetensors"))
+        # A draft head that stands beside the model (model-mtp.safetensors) has bare names; text does not need it.
+        files = sorted(file for file in folder.glob("model*.safetensors") if "mtp" not in file.name)
         files += [folder / name for name in _unlisted_shards(files)]
     if not files:
         raise CheckpointError(f"{folder} holds no model*.safetensors file.")
@@ -178,36 +194,38 @@ def _unlisted_shards(files: list[Path]) -> list[str]:
     return sorted(promised - {file.name for file in files})
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, Header]]:
-    """The tensors of a safetensors file (8 bytes of length, JSON, data), and whether all of its data is there."""
+def _read_header(file: Path) -> dict[str, Header]:
+    """The tensors of a safetensors file (8 bytes of length, JSON, data), once all of its data is known to be there."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
-            raise CheckpointError(f"{file} is truncated: {size} bytes; download it again.")
+            raise CheckpointError(
+                f"{file} is truncated or no safetensors file: {size} bytes cannot hold its header; download it again."
+            )
         try:
             entries = json.loads(stream.read(length))
             entries.pop("__metadata__", None)
-            found = {n: (e["dtype"], tuple(e["shape"]), e["data_offsets"][1]) for n, e in entries.items()}
+            found = {n: (e["dtype"], tuple(e["shape"]), int(e["data_offsets"][1])) for n, e in entries.items()}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise CheckpointError(f"{file} is not a safetensors file: its header cannot be read.") from None
+            raise CheckpointError(f"{file} is no safetensors file: its header cannot be read.") from None
     needed = 8 + length + max((end for _, _, end in found.values()), default=0)
     if size < needed:
         raise CheckpointError(f"{file} is truncated: {size} of {needed} bytes; download it again.")
-    for name, (dtype, shape, _) in found.items():
-        yield name, Header(file, dtype, shape)
+    return {name: Header(file, dtype, shape) for name, (dtype, shape, _) in found.items()}
 
 
 def _load(file: Path) -> dict[str, mx.array]:
     try:
         arrays = mx.load(str(file))
     except RuntimeError as error:
-        raise CheckpointError(f"{file} cannot be loaded: {error}.") from None
+        reason = str(error).rstrip(".").replace(". ", ", ")
+        raise CheckpointError(f"{file} cannot be loaded ({reason}); download it again.") from None
     assert isinstance(arrays, dict)
     return arrays
 
 
-def some(names: list[str] | set[str]) -> str:
+def some(names: Collection[str]) -> str:
     """At most four of `names`, and how many more there are."""
     shown = sorted(names)[:4]
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")

@@ -78,23 +78,21 @@ def read_config(folder: Path) -> ModelConfig:
         raise CheckpointError(
             f"{folder} holds a model of type {model_type!r}; qwen_mlx runs Qwen3.5 only ({', '.join(MODEL_TYPES)})."
         )
-    nested = raw.get("text_config", raw)
-    if not isinstance(nested, dict):
-        raise CheckpointError(f"config.json: text_config must be an object, it is {nested!r}.")
+    nested = _object(raw, "text_config") if "text_config" in raw else raw
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.exists() else {}
-    method = (raw.get("quantization_config") or {}).get("quant_method")
-    if method is not None:
-        raise CheckpointError(
-            f"{folder} is quantized by {method!r}, which cannot be run as it is; take the unquantized release or an "
-            "MLX conversion."
-        )
-    named = [source.get("eos_token_id") for source in (raw, nested, generation)]
-    lists = [ids if isinstance(ids, list) else [ids] for ids in named if ids is not None]
+    for source in (raw, nested):
+        # MLX's own quantization names no method, and is read off the tensors.
+        method = source.get("quantization_config") and _object(source, "quantization_config").get("quant_method")
+        if method is not None:
+            raise CheckpointError(
+                f"{folder} is quantized by {method!r}, which cannot be run as it is; take the unquantized release or "
+                "an MLX conversion."
+            )
     return ModelConfig(
         model_type=model_type,
-        text=_text_config(nested, raw),
-        eos_token_ids=tuple(sorted({i for ids in lists for i in ids})),
+        text=_text_config(nested, raw, has_experts="moe" in model_type),
+        eos_token_ids=_eos_token_ids(raw, nested, generation),
         generation=generation,
     )
 
@@ -112,9 +110,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _text_config(nested: Mapping[str, Any], raw: Mapping[str, Any]) -> TextConfig:
+def _eos_token_ids(*sources: Mapping[str, Any]) -> tuple[int, ...]:
+    named = [source["eos_token_id"] for source in sources if source.get("eos_token_id") is not None]
+    ids = [i for value in named for i in (value if isinstance(value, list) else [value])]
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int) or i < 0:
+            raise CheckpointError(f"eos_token_id must be a token id or a list of them, it holds {i!r}.")
+    return tuple(sorted(set(ids)))
+
+
+def _text_config(nested: Mapping[str, Any], raw: Mapping[str, Any], *, has_experts: bool) -> TextConfig:
     layers = _size(nested, "num_hidden_layers")
-    has_experts = "num_experts" in nested
     text = TextConfig(
         hidden_size=_size(nested, "hidden_size"),
         num_hidden_layers=layers,
@@ -131,8 +137,7 @@ def _text_config(nested: Mapping[str, Any], raw: Mapping[str, Any]) -> TextConfi
         max_position_embeddings=_size(nested, "max_position_embeddings"),
         rms_norm_eps=_positive(nested, "rms_norm_eps"),
         rope_parameters=_rope_parameters(nested),
-        # Untied releases say so only in one of the two places.
-        tie_word_embeddings=bool(_require(nested if "tie_word_embeddings" in nested else raw, "tie_word_embeddings")),
+        tie_word_embeddings=_tie_word_embeddings(nested, raw),
         intermediate_size=0 if has_experts else _size(nested, "intermediate_size"),
         moe=MoeConfig(
             num_experts=_size(nested, "num_experts"),
@@ -167,31 +172,61 @@ def _positive(source: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
+def _object(source: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = _require(source, name)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"config.json: {name} must be an object, it is {value!r}.")
+    return value
+
+
+def _list(source: Mapping[str, Any], name: str) -> list[Any]:
+    value = _require(source, name)
+    if not isinstance(value, list):
+        raise CheckpointError(f"config.json: {name} must be a list, it is {value!r}.")
+    return value
+
+
+def _tie_word_embeddings(nested: Mapping[str, Any], raw: Mapping[str, Any]) -> bool:
+    # Releases say it inside text_config, beside it, or in both places.
+    said = [s["tie_word_embeddings"] for s in (nested, raw) if s.get("tie_word_embeddings") is not None]
+    if not said:
+        _require(nested, "tie_word_embeddings")
+    if not isinstance(said[0], bool) or said[0] != said[-1]:
+        raise CheckpointError(
+            f"config.json: tie_word_embeddings must be true or false, the same in text_config and beside it; it is "
+            f"{' and '.join(map(repr, said))}."
+        )
+    return said[0]
+
+
 def _layer_types(nested: Mapping[str, Any], layers: int) -> tuple[str, ...]:
-    if nested.get("layer_types") is None:
+    if nested.get("layer_types") is not None:
+        types = _list(nested, "layer_types")
+    else:
         every = _size(nested, "full_attention_interval")
-        return tuple(FULL if (i + 1) % every == 0 else LINEAR for i in range(layers))
-    types = tuple(nested["layer_types"])
-    unknown = set(types) - {FULL, LINEAR}
-    if unknown or len(types) != layers or FULL not in types:
+        types = [FULL if (i + 1) % every == 0 else LINEAR for i in range(layers)]
+    if any(kind not in (FULL, LINEAR) for kind in types) or len(types) != layers or FULL not in types:
         raise CheckpointError(
             f"config.json: layer_types must name {layers} layers, each {FULL} or {LINEAR} and one at least {FULL}; "
-            f"it names {len(types)}: {', '.join(map(str, sorted(set(types), key=str)))}."
+            f"it names {len(types)}: {', '.join(sorted({str(kind) for kind in types}))}."
         )
-    return types
+    return tuple(types)
 
 
 def _rope_parameters(nested: Mapping[str, Any]) -> RopeParameters:
-    rope = _require(nested, "rope_parameters")
+    rope = _object(nested, "rope_parameters")
     # mlx-lm writes the kind of rotary embedding as `type`.
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; only 'default' is.")
-    section = tuple(_require(rope, "mrope_section"))
-    if len(section) != 3 or not all(isinstance(n, int) and n >= 0 for n in section):
-        raise CheckpointError(f"config.json: mrope_section must be three sizes, it is {list(section)!r}.")
+    section = _list(rope, "mrope_section")
+    if len(section) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in section):
+        raise CheckpointError(f"config.json: mrope_section must be three sizes, it is {section!r}.")
+    time, height, width = section
     factor = rope if "partial_rotary_factor" in rope else nested
-    return RopeParameters(_positive(rope, "rope_theta"), _positive(factor, "partial_rotary_factor"), section)
+    return RopeParameters(
+        _positive(rope, "rope_theta"), _positive(factor, "partial_rotary_factor"), (time, height, width)
+    )
 
 
 def _check_agreement(text: TextConfig, nested: Mapping[str, Any]) -> None:
@@ -203,7 +238,7 @@ def _check_agreement(text: TextConfig, nested: Mapping[str, Any]) -> None:
         if a % b:
             raise CheckpointError(f"config.json: {many} ({a}) must be a multiple of {few} ({b}).")
     rotary, section = text.rotary_dim, text.rope_parameters.mrope_section
-    if rotary % 2 or rotary > text.head_dim or 2 * sum(section) != rotary:
+    if rotary == 0 or rotary % 2 or rotary > text.head_dim or 2 * sum(section) != rotary:
         raise CheckpointError(
             f"config.json: mrope_section {list(section)} must sum to half of the {rotary} rotary dimensions "
             f"(head_dim {text.head_dim} x partial_rotary_factor {text.rope_parameters.partial_rotary_factor})."

@@ -5,16 +5,18 @@
 
 import argparse
 import json
+import operator
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from qwen_mlx.chat.template import render
-from qwen_mlx.cli import Parser, Progress, read_prompt, run
+from qwen_mlx.cli import Parser, Progress, positive, read_prompt, run
 from qwen_mlx.decoding.autoregressive import decode
 from qwen_mlx.decoding.prefill import prefill
 from qwen_mlx.decoding.sampling import Sampler, SamplingParams, default_params
@@ -35,7 +37,7 @@ class GenerationResponse:
 
     text: str  # what may be shown now; empty while a character or a stop string may still be open
     token: int
-    logprobs: mx.array  # [V], log softmax of the raw logits; not computed before it is looked at
+    logprobs: mx.array  # [V] float32, log softmax of the raw logits; not computed before it is looked at
     from_draft: bool
     prompt_tokens: int
     prompt_tps: float
@@ -64,24 +66,25 @@ def stream_generate(
     `progress(done, total)` follows the prompt. The texts of all responses make up the answer.
 
     Raises PromptError for a prompt that is empty, too long or refused by the template, CheckpointError for weights
-    that are not numbers, TokenizerError for a tokenizer of another model, ValueError for a parameter out of range.
+    that are not numbers, TokenizerError for a tokenizer of another model, ValueError for a parameter out of range or
+    `thinking` without messages, TypeError for an unknown keyword.
     """
-    start = time.perf_counter()
-    tokens, is_thinking = _prompt_tokens(tokenizer, prompt, thinking)
-    params = replace(params or recommended_params(model, thinking=is_thinking), **sampling)
+    start = first = time.perf_counter()
+    tokens = _prompt_tokens(tokenizer, prompt, thinking)
     room = model.config.text.max_position_embeddings - len(tokens)
     _check(model, tokenizer, tokens, room)
+    is_thinking = tokenizer.decode(tokens[-4:]).rstrip().endswith("<think>")
+    params = replace(params or recommended_params(model, thinking=is_thinking), **sampling)
+    sampler = Sampler(params, tokens, vocab_size=model.config.text.vocab_size, num_real_tokens=tokenizer.vocab_size)
     mx.reset_peak_memory()
     cache = model.make_cache()
     logits = prefill(model, tokens, cache, step_size=prefill_step_size, progress=progress)
     if not mx.isfinite(logits).all().item():
         broken = ", ".join(weights_with_nan(model)[:4]) or "the activations overflow; try dtype bfloat16 or float32"
         raise CheckpointError(f"The model's logits are not numbers: {broken}.")
-    sampler = Sampler(params, tokens, vocab_size=logits.shape[-1], num_real_tokens=tokenizer.vocab_size)
     eos = {*model.config.eos_token_ids, tokenizer.eos_token_id}
     detokenizer, stops = tokenizer.detokenizer(skip_special_tokens=True), StopStrings(params.stop)
     count = min(params.max_tokens, room)
-    first = time.perf_counter()
     for n, (token, row) in enumerate(decode(model, logits, cache, sampler, count=count), start=1):
         now = time.perf_counter()
         if n == 1:
@@ -94,7 +97,7 @@ def stream_generate(
         yield GenerationResponse(
             text=text,
             token=token,
-            logprobs=row - mx.logsumexp(row),
+            logprobs=nn.log_softmax(row.astype(mx.float32)),
             from_draft=False,
             prompt_tokens=len(tokens),
             prompt_tps=len(tokens) / (first - start),
@@ -122,16 +125,14 @@ def recommended_params(model: Qwen, *, thinking: bool) -> SamplingParams:
     return default_params(model.config.generation, is_small=is_small, thinking=thinking)
 
 
-def _prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, thinking: bool | None) -> tuple[list[int], bool]:
-    """Token ids of the prompt, and whether it leaves the model inside a block of thinking."""
-    if isinstance(prompt, str):
-        text = prompt
-    elif prompt and isinstance(prompt[0], Mapping):
-        messages = [m for m in prompt if isinstance(m, Mapping)]
+def _prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, thinking: bool | None) -> list[int]:
+    if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
+        messages = cast(Sequence[Mapping[str, Any]], prompt)
         text = render(tokenizer.chat_template, messages, thinking=thinking, special_tokens=tokenizer.special_tokens)
-    else:
-        return [int(i) for i in prompt], False  # type: ignore[arg-type]
-    return tokenizer.encode(text), text.rstrip().endswith("<think>")
+        return tokenizer.encode(text)
+    if thinking is not None:
+        raise ValueError("thinking is a switch of the chat template, and only messages go through it: leave it out.")
+    return tokenizer.encode(prompt) if isinstance(prompt, str) else [operator.index(i) for i in cast(Any, prompt)]
 
 
 def _check(model: Qwen, tokenizer: Tokenizer, tokens: list[int], room: int) -> None:
@@ -152,41 +153,38 @@ def _check(model: Qwen, tokenizer: Tokenizer, tokens: list[int], room: int) -> N
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
     given = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
     try:
         SamplingParams(**given)
     except ValueError as error:
-        raise PromptError(str(error)) from None
+        parser.error(str(error))
+    thinking = {"auto": None, "on": True, "off": False}[args.thinking]
+    if args.raw and (args.system_prompt is not None or thinking is not None):
+        parser.error("--system-prompt and --thinking belong to the chat template, which --raw leaves out")
     prompt = read_prompt(args.prompt)
     if not prompt.strip():
         raise PromptError("The prompt is empty; give at least one word.")
     messages = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
     messages.append({"role": "user", "content": prompt})
-    thinking = {"auto": None, "on": True, "off": False}[args.thinking]
-    start = time.perf_counter()
-    model, tokenizer = load(args.model, revision=args.revision, dtype=args.dtype)
-    loaded = time.perf_counter() - start
-    responses: list[GenerationResponse] = []
+    pieces: list[str] = []
+    last: GenerationResponse | None = None
+    start, loaded = time.perf_counter(), 0.0
     try:
+        model, tokenizer = load(args.model, revision=args.revision, dtype=args.dtype)
+        loaded = time.perf_counter() - start
         with Progress("Prompt") as progress:
-            for response in stream_generate(
-                model,
-                tokenizer,
-                prompt if args.raw else messages,
-                thinking=thinking,
-                prefill_step_size=args.prefill_step_size,
-                progress=progress.update,
-                **given,
-            ):
+            options = {"prefill_step_size": args.prefill_step_size, "progress": progress.update, "thinking": thinking}
+            for last in stream_generate(model, tokenizer, prompt if args.raw else messages, **options, **given):
                 progress.close()
-                responses.append(replace(response, logprobs=mx.array(0.0)))
+                pieces.append(last.text)
                 if not args.json:
-                    print(response.text, end="", flush=True)
+                    print(last.text, end="", flush=True)
     except KeyboardInterrupt:
-        _close(args, responses, loaded)
+        _close(args, "".join(pieces), last, loaded)
         raise
-    _close(args, responses, loaded)
+    _close(args, "".join(pieces), last, loaded)
 
 
 _SAMPLING = (
@@ -214,34 +212,37 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="the same seed gives the same text")
     add("--stop", action="append", help="end before this text; may be given several times")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the activations")
-    add("--prefill-step-size", type=int, default=PREFILL_STEP, help=f"tokens at a time (default: {PREFILL_STEP})")
+    add("--prefill-step-size", type=positive, default=PREFILL_STEP, help=f"tokens at a time (default: {PREFILL_STEP})")
     add("--json", action="store_true", help="print one JSON object at the end instead of the text")
     add("--verbose", action="store_true", help="say on stderr how long it took")
     return parser
 
 
-def _close(args: argparse.Namespace, responses: list[GenerationResponse], loaded: float) -> None:
+def _close(args: argparse.Namespace, text: str, last: GenerationResponse | None, loaded: float) -> None:
     """End the line, or print the JSON object; then the closing lines of --verbose."""
-    print(json.dumps(_report(args.model, responses, loaded)) if args.json else "", flush=True)
-    if args.verbose and responses:
-        print(_summary(responses[-1]), file=sys.stderr)
+    if args.json:
+        print(json.dumps({"model": args.model, "text": text, **_report(last, loaded)}), flush=True)
+    elif last:
+        print(flush=True)
+    if args.verbose and last:
+        print(_summary(last), file=sys.stderr)
 
 
-def _report(model: str, responses: list[GenerationResponse], loaded: float) -> dict[str, Any]:
-    report: dict[str, Any] = {"model": model, "text": "".join(r.text for r in responses)}
-    report["finish_reason"] = "interrupted"
-    if responses:
-        last = responses[-1]
-        report["finish_reason"] = last.finish_reason or "interrupted"
-        report["usage"] = {"prompt_tokens": last.prompt_tokens, "completion_tokens": last.generation_tokens}
-        report["timings"] = {
+def _report(last: GenerationResponse | None, loaded: float) -> dict[str, Any]:
+    """What --json says beside the text; null where an interruption came before the first token."""
+    if last is None:
+        return {"finish_reason": "interrupted", "usage": None, "timings": None, "peak_memory_gb": None}
+    return {
+        "finish_reason": last.finish_reason or "interrupted",
+        "usage": {"prompt_tokens": last.prompt_tokens, "completion_tokens": last.generation_tokens},
+        "timings": {
             "load_s": round(loaded, 4),
             "time_to_first_token_s": round(last.time_to_first_token, 4),
             "prompt_tps": round(last.prompt_tps, 3),
             "generation_tps": round(last.generation_tps, 3),
-        }
-        report["peak_memory_gb"] = round(last.peak_memory, 3)
-    return report
+        },
+        "peak_memory_gb": round(last.peak_memory, 3),
+    }
 
 
 def _summary(last: GenerationResponse) -> str:

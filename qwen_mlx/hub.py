@@ -49,25 +49,43 @@ def _download(repo: str, revision: str | None) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=NEEDED_FILES))
-    except errors.HFValidationError:
-        why = f"{repo} is no folder here, and no hub id (those look like {DEFAULT_MODEL})."
-    except errors.GatedRepoError:
-        why = f"{repo} is gated: accept its terms at https://huggingface.co/{repo}, then run `hf auth login`."
-    except errors.RepositoryNotFoundError:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=NEEDED_FILES))
+    except (errors.HFValidationError, errors.HTTPError, OSError) as error:
+        raise ModelNotFoundError(_reason(repo, revision, error)) from error
+    if not (folder / "config.json").exists():
+        raise ModelNotFoundError(
+            f"{repo} has no config.json, so it is no model in safetensors form; take one such as {DEFAULT_MODEL}."
+        )
+    return folder
+
+
+def _reason(repo: str, revision: str | None, error: Exception) -> str:
+    """Why `repo` cannot be had and what to do next, in one sentence; narrower errors come before wider ones."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo} is no folder here, and no hub id (those look like {DEFAULT_MODEL})."
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} is gated: accept its terms at https://huggingface.co/{repo}, then run `hf auth login`."
+    if isinstance(error, errors.RepositoryNotFoundError):
         near = difflib.get_close_matches(repo, RELEASED_MODELS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        why = f"The hub has no model {repo}, or it is private: log in with `hf auth login`.{hint}"
-    except errors.RevisionNotFoundError:
-        why = f"{repo} has no revision {revision}."
-    except errors.LocalEntryNotFoundError:
-        why = f"Cannot reach the hub, and {repo} is not completely cached here; `--model demo` needs no network."
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status == 401:
-            why = f"The hub does not let you read {repo}: run `hf auth login` or set HF_TOKEN."
-        else:
-            why = f"The hub answered {status} for {repo}; try again later."
-    except OSError as error:
-        why = f"{repo} could not be stored: {error.strerror or error}."
-    raise ModelNotFoundError(why)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        return f"The hub has no model {repo}, or it is private and you must log in with `hf auth login`{hint}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision}; look for the ones it has at https://huggingface.co/{repo}."
+    # A cache miss says in its cause whether the hub answered.
+    answer = getattr(error if isinstance(error, errors.HfHubHTTPError) else error.__cause__, "response", None)
+    if answer is not None and answer.status_code == 401:
+        return f"The hub does not let you read {repo}: run `hf auth login` or set HF_TOKEN."
+    if answer is not None:
+        return (
+            f"The hub answered {answer.status_code} for {repo}, which is not completely cached here; try again later."
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return (
+            f"Cannot reach the hub (no network, or HF_HUB_OFFLINE is set), and {repo} is not completely cached here; "
+            "connect and run this again, or take `--model demo`, which needs no network."
+        )
+    if isinstance(error, errors.HTTPError):
+        return f"The download of {repo} broke off ({str(error).rstrip('.')}); run this again to finish it."
+    return f"{repo} could not be stored: {error}; free some space, or set HF_HOME to a folder on another disk."

@@ -28,7 +28,8 @@ def load(path_or_repo: str | Path, *, revision: str | None = None, dtype: str = 
 
     `dtype` of the activations and unquantized weights: "float32", "bfloat16", "float16", or "auto": bfloat16 on M3 and
     later, float16 on M1 and M2 (which have no native bfloat16), float32 without Metal. Gains, gates and recurrent
-    states are float32 always. Weights are read from disk when they are first used.
+    states are float32 always. Weights are read from disk when they are first used; float16 alone reads the wider ones
+    at once, to see that they fit.
 
     Raises `ModelNotFoundError`, `CheckpointError`, `TokenizerError`; ValueError for an unknown dtype.
     """
@@ -47,7 +48,7 @@ def load_model(folder: Path, *, dtype: str = "auto") -> Qwen:
         tensors = {name: array for name, array in tensors.items() if not name.startswith("lm_head.")}
     model = Qwen(config)
     _quantize_like(model, tensors)
-    _check_shapes(folder, model, tensors)
+    _check_tensors(folder, model, tensors)
     model.dtype = _choose_dtype(folder, dtype, tensors)
     for name, array in tensors.items():
         if mx.issubdtype(array.dtype, mx.floating):
@@ -72,10 +73,12 @@ def _quantize_like(model: Qwen, tensors: dict[str, mx.array]) -> None:
         if scales is None or packed is None or not hasattr(module, "to_quantized"):
             return False
         size = module.weight.shape[-1]
-        bits, group_size = 32 * packed.shape[-1] // size, size // max(scales.shape[-1], 1)
+        bits, rest = divmod(32 * packed.shape[-1], size)
+        group_size = size // max(scales.shape[-1], 1)
         affine = f"{path}.biases" in tensors
         mode = "affine" if affine else MODES.get((group_size, bits))
-        if mode is None or bits not in (2, 3, 4, 5, 6, 8) or size % group_size:
+        known = group_size in (32, 64, 128) and bits in (2, 3, 4, 5, 6, 8) if affine else mode is not None
+        if not known or rest or size % group_size:
             raise CheckpointError(
                 f"{path} is quantized in a way MLX does not know: {bits} bits in groups of {group_size}, "
                 f"{'with' if affine else 'without'} biases."
@@ -85,15 +88,25 @@ def _quantize_like(model: Qwen, tensors: dict[str, mx.array]) -> None:
     nn.quantize(model, class_predicate=form)
 
 
-def _check_shapes(folder: Path, model: Qwen, tensors: dict[str, mx.array]) -> None:
-    expected = {name: array.shape for name, array in _parameters(model).items()}
+def _check_tensors(folder: Path, model: Qwen, tensors: dict[str, mx.array]) -> None:
+    expected = _parameters(model)
     if missing := expected.keys() - tensors.keys():
         raise CheckpointError(f"{folder} lacks {some(missing)}; download or convert the model again.")
     if extra := tensors.keys() - expected.keys():
         raise CheckpointError(f"{folder} holds tensors that its config.json does not speak of: {some(extra)}.")
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise CheckpointError(f"{folder}: {name} has shape {tensors[name].shape}, config.json asks for {shape}.")
+    for name, wanted in expected.items():
+        found = tensors[name]
+        if found.shape != wanted.shape:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {found.shape}, config.json asks for {wanted.shape}; take both files from "
+                "one release."
+            )
+        # Where floats are wanted any kind is read; packed weights and their scales are what they are.
+        if found.dtype != wanted.dtype and not all(mx.issubdtype(a.dtype, mx.floating) for a in (found, wanted)):
+            raise CheckpointError(
+                f"{folder}: {name} is stored as {found.dtype}, where {wanted.dtype} is wanted; take the unquantized "
+                "release or an MLX conversion."
+            )
 
 
 def _parameters(model: Qwen) -> dict[str, mx.array]:
@@ -120,5 +133,5 @@ def auto_dtype(generation: int | None) -> str:
 
 
 def _too_large_for_float16(tensors: dict[str, mx.array]) -> list[str]:
-    wide = {n: a for n, a in tensors.items() if a.dtype in (mx.bfloat16, mx.float32)}
+    wide = {n: a for n, a in tensors.items() if a.dtype in (mx.bfloat16, mx.float32) and not n.endswith(ALWAYS_FLOAT32)}
     return [name for name, array in wide.items() if (mx.max(mx.abs(array)) > LARGEST_FLOAT16).item()]

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from text import Template, Windows, alice, train_tokenizer
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import Qwen3_5ForCausalLM
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
@@ -188,7 +189,8 @@ def main():
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = train_tokenizer(VOCAB)
+    words = args.out / "model" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(words)) if words.exists() else train_tokenizer(VOCAB)
     model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**TEXT_CONFIG))
     mtp = MTP(model.config)
     named = list(model.named_parameters()) + [(f"mtp.{k}", p) for k, p in mtp.named_parameters()]

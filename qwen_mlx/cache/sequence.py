@@ -15,6 +15,7 @@ class Snapshot:
     """The state of a `SequenceCache` at one moment; it stays what it was, whatever the cache does next."""
 
     layers: tuple[Any, ...]
+    left_padding: mx.array | None
 
 
 class SequenceCache:
@@ -40,9 +41,10 @@ class SequenceCache:
 
     def snapshot(self) -> Snapshot:
         """The state now. Nothing is copied: arrays are values, and the next token makes new ones."""
-        return Snapshot(tuple(layer.snapshot() for layer in self.layers))
+        return Snapshot(tuple(layer.snapshot() for layer in self.layers), self.left_padding)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Be again what this cache was when `snapshot` was taken."""
         for layer, state in zip(self.layers, snapshot.layers, strict=True):
             layer.restore(state)
+        self.left_padding = snapshot.left_padding
