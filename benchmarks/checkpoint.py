@@ -21,7 +21,7 @@ TEXT_CONFIG = dict(
 
 
 def make(folder: Path, *, layers: int = 24, bits: int | None = None) -> Path:
-    """Write config.json and model.safetensors (bfloat16; matrices in `bits` bits, groups of 64) unless they are there."""
+    """Write config.json and model.safetensors (bfloat16, or matrices in `bits` bits by 64) unless they are there."""
     if (folder / "model.safetensors").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)

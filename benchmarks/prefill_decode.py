@@ -48,7 +48,9 @@ def main() -> None:
         runs = []
         for repeat in range(args.repeats):
             pair = [("ours", run_ours, ours), ("peer", run_peer, peer)]
-            timed = {which: run(model, tokens, args.decode) for which, run, model in (pair if repeat % 2 else pair[::-1])}
+            timed = {
+                which: run(model, tokens, args.decode) for which, run, model in (pair if repeat % 2 else pair[::-1])
+            }
             runs.append(timed)
             print(f"{length} tokens, run {repeat + 1} of {args.repeats}: "
                   + ", ".join(f"{w} {length / t[0]:.1f} prefill {args.decode / t[1]:.2f} decode"

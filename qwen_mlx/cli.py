@@ -104,7 +104,7 @@ class Progress:
 
     def update(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._start < 1:
+        if now - self._start < 1 or done == total:  # done is not worth a line
             return
         line = f"{self.what}: {done} of {total} tokens"
         if sys.stderr.isatty():

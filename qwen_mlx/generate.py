@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from qwen_mlx.chat.template import render
 from qwen_mlx.cli import Parser, Progress, positive, read_prompt, run
@@ -89,6 +88,7 @@ def stream_generate(
         now = time.perf_counter()
         if n == 1:
             first = now
+        row = row.astype(mx.float32)
         text, met = ("", False) if token in eos else stops.feed(detokenizer.add(token))
         finish = "stop" if met or token in eos else "length" if n == count else None
         if finish and not met:
@@ -97,7 +97,7 @@ def stream_generate(
         yield GenerationResponse(
             text=text,
             token=token,
-            logprobs=nn.log_softmax(row.astype(mx.float32)),
+            logprobs=row - mx.logsumexp(row),
             from_draft=False,
             prompt_tokens=len(tokens),
             prompt_tps=len(tokens) / (first - start),

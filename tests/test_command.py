@@ -306,8 +306,8 @@ def test_less_than_a_second_of_work_is_not_spoken_of(
 def test_in_a_pipe_progress_is_a_line_after_a_second_and_every_five(
     capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
 ) -> None:
-    watch(clock, [0.5, 1.5, 3.0, 6.0, 7.0, 8.0, 12.0])
-    assert capsys.readouterr().err.splitlines() == [f"Prompt: {done} of 70 tokens" for done in (20, 50, 70)]
+    watch(clock, [0.5, 1.5, 3.0, 7.0, 8.0, 12.0, 20.0])
+    assert capsys.readouterr().err.splitlines() == [f"Prompt: {done} of 70 tokens" for done in (20, 40, 60)]
 
 
 def on_a_terminal(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace, seconds: list[float]) -> str:

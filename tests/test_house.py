@@ -170,7 +170,7 @@ def test_a_public_name_is_something_to_call_with_a_docstring(name: str) -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'generat'"):
-        _ = qwen_mlx.generat  # type: ignore[attr-defined]
+        _ = qwen_mlx.generat
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -119,7 +119,7 @@ def members(sdist: Path) -> dict[str, tarfile.TarInfo]:
 
 
 def test_the_sdist_holds_all_that_the_tests_need(members: dict[str, tarfile.TarInfo]) -> None:
-    folders = ("qwen_mlx", "tests", "examples", "benchmarks")
+    folders = ("qwen_mlx", "metal", "convert", "tests", "examples", "benchmarks")
     needed = {name for folder in folders for name in files_below(ROOT / folder)}
     needed |= {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in", ".ci/run"}
     assert needed - members.keys() == set()

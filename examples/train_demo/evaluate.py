@@ -56,7 +56,7 @@ class Judge:
         return float(torch.tensor(total / count).exp())
 
     def drafted(self, prompt):
-        """How many greedy tokens of the answer the head drafts right at depth 1, and at depths 1 and 2, out of how many.
+        """-> how many greedy tokens the head drafts right at depth 1, at depths 1 and 2, and of how many.
 
         As when it drafts: the second step reads the head's own first output, behind slots made from true states.
         """
@@ -110,7 +110,8 @@ def tools(judge, each):
         question, call, result, answer = talk.tool_turns(r)
         function = call["tool_calls"][0]["function"]
         city = function["arguments"]["city"]
-        expected = f"<tool_call>\n<function={function['name']}>\n<parameter=city>\n{city}\n</parameter>\n</function>\n</tool_call>"
+        inside = f"<function={function['name']}>\n<parameter=city>\n{city}\n</parameter>\n</function>"
+        expected = f"<tool_call>\n{inside}\n</tool_call>"
         offered, thinking = [talk.WEATHER, talk.TIME], i % 2 == 0
         said = judge.answer([question], tools=offered, thinking=thinking)
         calls.append((expected in said, f"{question['content']} -> {said}"))
@@ -134,7 +135,10 @@ def drafts(judge):
     stories = [judge.prompt(user(f"Tell me a story about {a}.")) for a in ("a fox", "an owl", "Anna", "a silver key")]
     r = random.Random("grade drafts")
     questions = [judge.prompt(user(talk.question(r, k).text)) for k in ("capital", "add", "meaning", "opposite") * 2]
-    groups = {"tales": ["Once upon a time", "There was once", "Long ago,", "Once there was"], "stories asked for": stories}
+    groups = {
+        "tales": ["Once upon a time", "There was once", "Long ago,", "Once there was"],
+        "stories asked for": stories,
+    }
     table = {}
     for name, prompts in (groups | {"short answers": questions}).items():
         one, two, count = map(sum, zip(*map(judge.drafted, prompts)))
