@@ -29,9 +29,11 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Path:
     Raises `ModelNotFoundError` with what to do next: no such folder or repository, gated, not logged in, no such
     revision, no network and not cached, disk full.
     """
+    path = Path(model).expanduser()
+    if revision is not None and (model == "demo" or path.exists()):
+        raise ModelNotFoundError(f"{model} is not on the hub and has no revision {revision}; leave the revision out.")
     if model == "demo":
         return Path(__file__).parent / "demo"
-    path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.exists():

@@ -69,6 +69,22 @@ def test_module_and_verb_are_one_command(
     assert (by_verb.returncode, by_verb.stdout, by_verb.stderr) == (0, by_module.stdout, "")
 
 
+def test_no_compiler_is_needed(tmp_path: Path) -> None:
+    """Without Metal, MLX calls g++ for what is compiled; a machine with nothing but Python has none."""
+    done = process(
+        "qwen_mlx.generate",
+        "--model",
+        "demo",
+        "-p",
+        START,
+        "--max-tokens",
+        "2",
+        PATH=str(tmp_path),
+        TMPDIR=str(tmp_path),
+    )
+    assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (0, "", [])
+
+
 def test_each_piece_is_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def flush(self) -> None:

@@ -237,3 +237,9 @@ def test_the_environment_of_the_client_is_ours(hub: Hub, tmp_path: Path) -> None
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=True)
     folder = Path(done.stdout.strip())
     assert (folder.is_relative_to(tmp_path / "home"), contents(folder), done.stderr) == (True, NEEDED, "")
+
+
+@pytest.mark.parametrize("model", ["demo", "."])
+def test_a_revision_of_something_local_is_refused(model: str) -> None:
+    with pytest.raises(ModelNotFoundError, match="has no revision v1; leave the revision out"):
+        resolve(model, revision="v1")

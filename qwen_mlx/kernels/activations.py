@@ -19,3 +19,8 @@ def silu(x: mx.array) -> mx.array:
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up, in the dtype of `up` (Shazeer 2020, arXiv 2002.05202)."""
     return (silu(gate) * up).astype(up.dtype)
+
+
+def softplus(x: mx.array) -> mx.array:
+    """log(1 + e^x), float32; `nn.softplus` is compiled, and without Metal that needs a C++ compiler on the machine."""
+    return mx.logaddexp(x.astype(mx.float32), 0.0)

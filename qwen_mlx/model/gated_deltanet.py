@@ -5,7 +5,7 @@ import mlx.nn as nn
 
 from qwen_mlx.cache.recurrent import RecurrentCache
 from qwen_mlx.config import TextConfig
-from qwen_mlx.kernels.activations import sigmoid
+from qwen_mlx.kernels.activations import sigmoid, softplus
 from qwen_mlx.kernels.causal_conv1d import causal_conv1d
 from qwen_mlx.kernels.gated_delta import gated_delta_rule
 from qwen_mlx.model.norm import GatedRMSNorm
@@ -59,7 +59,7 @@ class GatedDeltaNet(nn.Module):
     def _gates(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Log decay g = -exp(A_log) softplus(a + dt_bias), and beta = sigmoid(b): [B, T, Hv] float32."""
         a = self.in_proj_a(x).astype(mx.float32) + self.dt_bias
-        return -mx.exp(self.A_log) * nn.softplus(a), sigmoid(self.in_proj_b(x))
+        return -mx.exp(self.A_log) * softplus(a), sigmoid(self.in_proj_b(x))
 
     def _states(self, cache: RecurrentCache, batch: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         if cache.conv_state is not None and cache.recurrent_state is not None:
