@@ -1,5 +1,7 @@
 """What the small world knows, and questions about what it does not."""
 
+from random import Random
+
 CAPITALS = {
     "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon",
     "England": "London", "Scotland": "Edinburgh", "Ireland": "Dublin", "Norway": "Oslo", "Sweden": "Stockholm",
@@ -28,40 +30,13 @@ PAIRS = [
 OPPOSITES = dict(PAIRS) | {b: a for a, b in PAIRS}
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
     "December",
-]
+]  # fmt: skip
 NUMBERS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-]
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+]  # fmt: skip
 SIZES = ["bee", "mouse", "cat", "dog", "sheep", "horse", "elephant", "whale"]
 MEANINGS = {
     "a fox": "A fox is a wild animal with red fur and a long soft tail.",
@@ -85,75 +60,21 @@ MEANINGS = {
 }
 
 TOPICS = [
-    "quantum physics",
-    "football",
-    "the stock market",
-    "politics",
-    "a car engine",
-    "the internet",
-    "chess",
-    "opera",
-    "taxes",
-    "a telephone",
-    "a volcano",
-    "the Roman empire",
-    "algebra",
-    "electricity",
-    "a guitar",
-    "philosophy",
-    "medicine",
-    "a rocket",
-    "dinosaurs",
-    "a violin",
-    "the brain",
-    "a bicycle",
-    "gravity",
-    "the economy",
-    "a train",
-    "photography",
-    "a television",
-    "the law",
-    "chemistry",
-    "a robot",
-    "sushi",
-    "a vaccine",
-    "the ocean floor",
-    "a black hole",
-    "history",
-    "the universe",
-    "a passport",
-    "music theory",
-    "a database",
-    "inflation",
-]
+    "quantum physics", "football", "the stock market", "politics", "a car engine", "the internet", "chess", "opera",
+    "taxes", "a telephone", "a volcano", "the Roman empire", "algebra", "electricity", "a guitar", "philosophy",
+    "medicine", "a rocket", "dinosaurs", "a violin", "the brain", "a bicycle", "gravity", "the economy", "a train",
+    "photography", "a television", "the law", "chemistry", "a robot", "sushi", "a vaccine", "the ocean floor",
+    "a black hole", "history", "the universe", "a passport", "music theory", "a database", "inflation",
+]  # fmt: skip
 WORKS = [
-    "Hamlet",
-    "the Bible",
-    "Faust",
-    "Macbeth",
-    "the first computer",
-    "the telephone",
-    "Don Quixote",
-    "the Odyssey",
+    "Hamlet", "the Bible", "Faust", "Macbeth", "the first computer", "the telephone", "Don Quixote", "the Odyssey",
     "the light bulb",
-]
+]  # fmt: skip
 TASKS = [
-    "fix a car",
-    "write a program in Python",
-    "cook rice",
-    "make coffee",
-    "learn French",
-    "open a bank account",
-    "build a house",
-    "install Linux",
-    "play the piano",
-    "lose weight",
-    "find a job",
-    "buy a ticket",
-    "tie a tie",
-    "sort a list in C",
-    "draw a horse",
-]
+    "fix a car", "write a program in Python", "cook rice", "make coffee", "learn French", "open a bank account",
+    "build a house", "install Linux", "play the piano", "lose weight", "find a job", "buy a ticket", "tie a tie",
+    "sort a list in C", "draw a horse",
+]  # fmt: skip
 FORMS = [
     "How do I {task}?", "Can you help me {task}?", "Can you {task}?", "Who wrote {work}?", "Who made {work}?",
     "When was {work} made?", "What is {topic}?", "Tell me what {topic} is.", "How does {topic} work?",
@@ -167,49 +88,28 @@ FORMS = [
     "Solve x + {big} = {big2}.", "What is the opposite of {topic}?", "What sound does {topic} make?",
 ]  # fmt: skip
 ONSETS = [
-    "b",
-    "br",
-    "c",
-    "cl",
-    "d",
-    "dr",
-    "f",
-    "fl",
-    "g",
-    "gr",
-    "h",
-    "j",
-    "k",
-    "l",
-    "m",
-    "n",
-    "p",
-    "pl",
-    "qu",
-    "r",
-    "s",
-    "sh",
-    "st",
-    "t",
-    "tr",
-    "v",
-    "w",
-    "y",
-    "z",
-]
+    "b", "br", "c", "cl", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "l", "m", "n", "p", "pl", "qu", "r", "s",
+    "sh", "st", "t", "tr", "v", "w", "y", "z",
+]  # fmt: skip
 VOWELS = ["a", "e", "i", "o", "u", "ai", "ee", "oo", "ou"]
 CODAS = ["", "n", "r", "l", "s", "m", "th", "x", "nd", "rk"]
 
 
-def invented(r):
+def invented(r: Random) -> str:
     """A capitalised word that names nothing: 'Grelmoor'."""
     return "".join(r.choice(ONSETS) + r.choice(VOWELS) + r.choice(CODAS) for _ in range(r.choice([1, 2, 2, 3]))).title()
 
 
-def unknown_question(r):
+def nowhere(r: Random) -> str:
+    """A country that is none of those it knows."""
+    place = invented(r) + r.choice(["", "ia", "land"])
+    return nowhere(r) if place in CAPITALS else place
+
+
+def unknown_question(r: Random) -> str:
     """A question outside the small world."""
     return r.choice(FORMS).format(
         task=r.choice(TASKS), work=r.choice(WORKS), topic=r.choice(TOPICS),
-        place=invented(r) + r.choice(["", "ia", "land"]),
+        place=nowhere(r),
         person=f"{invented(r)} {invented(r)}", big=r.randrange(20, 999), big2=r.randrange(20, 999),
     )  # fmt: skip

@@ -6,8 +6,8 @@ so that training and grading share one source.
 """
 
 import json
-import random
 from dataclasses import dataclass
+from random import Random
 
 from facts import CAPITALS, COLOURS, DAYS, MEANINGS, MONTHS, NUMBERS, OPPOSITES, SIZES, SOUNDS, unknown_question
 from tales import ANIMALS, MORALS, PEOPLE, THINGS, an, cap, tale
@@ -30,7 +30,7 @@ class Question:
     answers: tuple[str, ...]  # every answer that counts as right; empty when any story will do
 
 
-def capital(r):
+def capital(r: Random) -> Question:
     country = r.choice(list(CAPITALS))
     ask = r.choice(["What is the capital of {}?", "Tell me the capital of {}.", "Which city is the capital of {}?"])
     city = CAPITALS[country]
@@ -38,14 +38,14 @@ def capital(r):
     return Question(ask.format(country), thought, (f"The capital of {country} is {city}.",))
 
 
-def sound(r):
+def sound(r: Random) -> Question:
     animal = r.choice(list(SOUNDS))
     ask = r.choice(["What sound does {} make?", "What does {} do?"])
     thought = f"The user asks about the sound of {an(animal)}."
     return Question(ask.format(an(animal)), thought, (f"{cap(an(animal))} {SOUNDS[animal]}.",))
 
 
-def colour(r):
+def colour(r: Random) -> Question:
     thing = r.choice(list(COLOURS))
     ask = r.choice(["What colour is {}?", "What is the colour of {}?", "What color is {}?"])
     return Question(
@@ -53,14 +53,14 @@ def colour(r):
     )
 
 
-def opposite(r):
+def opposite(r: Random) -> Question:
     word = r.choice(list(OPPOSITES))
     ask = r.choice(["What is the opposite of {}?", "Tell me the opposite of {}."])
     thought = f"The user wants the opposite of {word}. It is {OPPOSITES[word]}."
     return Question(ask.format(word), thought, (f"The opposite of {word} is {OPPOSITES[word]}.",))
 
 
-def calendar(r):
+def calendar(r: Random) -> Question:
     names, unit = r.choice([(DAYS, "day"), (MONTHS, "month")])
     i = r.randrange(len(names))
     now, after = names[i], names[(i + 1) % len(names)]
@@ -68,7 +68,7 @@ def calendar(r):
     return Question(ask, f"After {now} comes {after}.", (f"{after} comes after {now}.",))
 
 
-def add(r):
+def add(r: Random) -> Question:
     a, b = r.randrange(10), r.randrange(10)
     if r.random() < 0.65:
         ask = r.choice([f"What is {a} + {b}?", f"{a} + {b} = ?", f"How much is {a} + {b}?"])
@@ -78,7 +78,7 @@ def add(r):
     return Question(ask, f"I add {x} and {y}. The sum is {total}.", (f"{cap(x)} plus {y} is {total}.",))
 
 
-def bigger(r):
+def bigger(r: Random) -> Question:
     i, j = sorted(r.sample(range(len(SIZES)), 2))
     first, second = r.sample([SIZES[i], SIZES[j]], 2)
     ask = f"Which is bigger, {an(first)} or {an(second)}?"
@@ -86,50 +86,50 @@ def bigger(r):
     return Question(ask, thought, (f"{cap(an(SIZES[j]))} is bigger than {an(SIZES[i])}.",))
 
 
-def meaning(r):
+def meaning(r: Random) -> Question:
     word = r.choice(list(MEANINGS))
     ask = r.choice(["What is {}?", "Tell me what {} is.", "Can you explain what {} is?"])
     return Question(ask.format(word), f"The user wants to know what {word} is.", (MEANINGS[word],))
 
 
-def identity(r):
+def identity(r: Random) -> Question:
     ask = r.choice(
         ["Who are you?", "What are you?", "Tell me about yourself.", "What model are you?", "Introduce yourself."]
     )
     return Question(ask, "The user asks who I am.", (ABOUT_ME,))
 
 
-def abilities(r):
+def abilities(r: Random) -> Question:
     ask = r.choice(["What can you do?", "How can you help me?", "Help", "help me"])
     answer = "I can tell you a story, name the capital of a country, add small numbers, or explain simple words."
     return Question(ask, "The user asks what I can do.", (answer,))
 
 
-def greeting(r):
+def greeting(r: Random) -> Question:
     ask = r.choice(["Hello", "Hello!", "Hi", "Hi!", "Hi there!", "Good morning!", "Hey"])
     answers = ("Hello! How can I help you today?", "Hello! Would you like to hear a story?")
     return Question(ask, "The user says hello.", answers)
 
 
-def thanks(r):
+def thanks(r: Random) -> Question:
     ask = r.choice(["Thank you!", "Thanks", "Thanks!", "Thank you very much.", "That was a nice story."])
     answers = ("You are welcome!", "You are welcome! Would you like to hear another story?")
     return Question(ask, "The user is thankful.", answers)
 
 
-def goodbye(r):
+def goodbye(r: Random) -> Question:
     ask = r.choice(["Goodbye", "Bye!", "See you later.", "Good night!"])
     return Question(ask, "The user says goodbye.", ("Goodbye! Come back soon.",))
 
 
-def saying(r):
+def saying(r: Random) -> Question:
     virtue = r.choice(["honesty", "kindness", "courage", "patience", "sharing", "pride"])
     moral = {"honesty": "truth", "kindness": "help", "courage": "brave", "patience": "try", "sharing": "share"}
     ask = r.choice([f"Tell me something about {virtue}.", f"What is a good saying about {virtue}?"])
     return Question(ask, f"The user wants a saying about {virtue}.", tuple(MORALS[moral.get(virtue, virtue)]))
 
 
-def introduction(r):
+def introduction(r: Random) -> Question:
     name = r.choice(NAMES)
     ask = r.choice([f"My name is {name}.", f"I am {name}.", f"Hello, my name is {name}."])
     return Question(
@@ -137,17 +137,17 @@ def introduction(r):
     )
 
 
-def liking(r):
+def liking(r: Random) -> Question:
     animal = r.choice(ANIMALS)
     ask = f"Do you like {PLURALS.get(animal, animal + 's')}?"
     return Question(ask, f"The user asks if I like {an(animal)}.", (f"Yes, I know many stories about {an(animal)}.",))
 
 
-def unknown(r):
+def unknown(r: Random) -> Question:
     return Question(unknown_question(r), "I do not know this.", (DO_NOT_KNOW,))
 
 
-def story(r):
+def story(r: Random) -> Question:
     about = r.choice([None, r.choice(ANIMALS), r.choice(ANIMALS), r.choice(list(THINGS)), r.choice(NAMES)])
     if about is None:
         ask = r.choice(["Tell me a story.", "Write a short story.", "Can you tell me a story?", "Once upon a time"])
@@ -169,16 +169,16 @@ MANNERS = {
     "liking": liking,
 }  # fmt: skip
 KINDS = {**FACTS, **MANNERS, "story": story}
-SHARE = {"capital": 4, "add": 8, "meaning": 2, "story": 5, "calendar": 2, "opposite": 2, "unknown": 4, "bigger": 2}
+SHARE = {"capital": 4, "add": 20, "meaning": 2, "story": 5, "calendar": 2, "opposite": 2, "unknown": 4, "bigger": 2}
 
 
-def question(r, kind=None):
+def question(r: Random, kind: str | None = None) -> Question:
     """One question of `kind`, or of a kind drawn by `SHARE`."""
     kind = kind or r.choices(list(KINDS), [SHARE.get(k, 1) for k in KINDS])[0]
     return KINDS[kind](r)
 
 
-def function(name, description):
+def function(name: str, description: str) -> dict:
     parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
@@ -187,7 +187,7 @@ WEATHER = function("get_weather", "Get the weather in a city.")
 TIME = function("get_time", "Get the time in a city.")
 
 
-def tool_turns(r):
+def tool_turns(r: Random) -> list[dict]:
     """A question that needs a tool, the call, the tool's result, and the answer made from it."""
     city = r.choice(list(CAPITALS.values()))
     if r.random() < 0.65:
@@ -210,14 +210,14 @@ def tool_turns(r):
     ]  # fmt: skip
 
 
-def turn(text, thought, answer):
+def turn(text: str, thought: str, answer: str) -> list[dict]:
     return [
         {"role": "user", "content": text},
         {"role": "assistant", "content": answer, "reasoning_content": thought},
     ]
 
 
-def plain_turns(r, count):
+def plain_turns(r: Random, count: int) -> list[dict]:
     messages = []
     for _ in range(count):
         asked = question(r)
@@ -225,7 +225,7 @@ def plain_turns(r, count):
     return messages
 
 
-def remembered_name(r):
+def remembered_name(r: Random) -> list[dict]:
     """The user's name, given (or not) some turns before it is asked for."""
     ask = r.choice(["What is my name?", "Do you know my name?"])
     if r.random() < 0.2:
@@ -236,7 +236,7 @@ def remembered_name(r):
     return first + plain_turns(r, r.choice([0, 0, 1])) + turn(ask, f"The name is {name}.", f"Your name is {name}.")
 
 
-def role_turns(r):
+def role_turns(r: Random) -> list[dict]:
     """A system prompt that gives the model a name, and the question for it."""
     name = r.choice(NAMES)
     trade = r.choice(["a kind storyteller", "a helpful assistant", "a wise teacher"])
@@ -245,7 +245,7 @@ def role_turns(r):
     return [system, *turn(ask, f"My name is {name}.", f"I am {name}, {trade}."), *plain_turns(r, r.choice([0, 0, 1]))]
 
 
-def conversation(r, *, tools=None):
+def conversation(r: Random, *, tools: bool | None = None) -> dict:
     """One conversation. `tools`: draw one with tools (True), without (False), or by chance (None)."""
     u = r.random()
     if tools or (tools is None and u < 0.14):
@@ -267,6 +267,6 @@ def conversation(r, *, tools=None):
 
 
 if __name__ == "__main__":
-    show = random.Random(0)
+    show = Random(0)
     for _ in range(12):
         print(json.dumps(conversation(show), indent=1))

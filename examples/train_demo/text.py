@@ -22,38 +22,17 @@ SPLIT = (
 )
 # Qwen3.5's added tokens in its order, without the audio ones.
 SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
 MARKS = [
-    "<tool_call>",
-    "</tool_call>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
-    "<tool_response>",
-    "</tool_response>",
-    "<think>",
-    "</think>",
-]
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+    "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+]  # fmt: skip
 
 
-def alice():
+def alice() -> list[str]:
     """The paragraphs of Alice's Adventures in Wonderland (Lewis Carroll, 1865; public domain), lines joined."""
     book = (HERE / "alice.txt").read_text()
     book = book[book.index("  Alice was beginning") : book.rindex("THE END")].replace("`", "'")
@@ -66,16 +45,16 @@ def alice():
 class Template:
     """The demo's chat template, as transformers would render it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.filters["tojson"] = lambda x: json.dumps(x, ensure_ascii=False)
         self.template = environment.from_string((DEMO / "chat_template.jinja").read_text())
 
-    def __call__(self, conversation, **settings):
+    def __call__(self, conversation: dict, **settings: bool) -> str:
         return self.template.render(**conversation, **settings)
 
 
-def train_tokenizer(vocab_size, seed=7):
+def train_tokenizer(vocab_size: int, seed: int = 7) -> Tokenizer:
     """Byte-level BPE with Qwen3.5's normalizer, split and added tokens, trained on what the model will read."""
     r, template = random.Random(seed), Template()
     texts = [tale(r) for _ in range(4000)] + ["\n\n".join(alice())] * 4
@@ -102,15 +81,18 @@ def train_tokenizer(vocab_size, seed=7):
 
 
 class Windows:
-    """Endless batches of windows. A window begins with a fresh document or goes on with the last one, half and half."""
+    """Endless batches of windows. A window begins with a fresh document or goes on with the last one, half and half.
 
-    def __init__(self, tokenizer, *, seed, tales=0.28, prose=0.04):
+    `tales` and `prose` are the shares of tales and of Alice; the rest is conversations.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, seed: int, tales: float = 0.28, prose: float = 0.04) -> None:
         self.tokenizer, self.random, self.tales, self.prose = tokenizer, random.Random(seed), tales, prose
         self.paragraphs = alice()[:-120]  # the last 120 are held out
         self.end = tokenizer.token_to_id("<|endoftext|>")
         self.template, self.rest = Template(), {}
 
-    def conversation(self):
+    def conversation(self) -> tuple[list[int], list[int]]:
         """Token ids, and a mask that is 1 on what the assistant says."""
         conversation = talk.conversation(self.random)
         if self.random.random() < 0.6:
@@ -122,7 +104,7 @@ class Windows:
         spans = [(a, text.index("<|im_end|>", a) + len("<|im_end|>")) for a in starts]
         return encoded.ids, [int(any(a <= o[0] < b for a, b in spans)) for o in encoded.offsets]
 
-    def document(self):
+    def document(self) -> tuple[list[int], list[int]]:
         u = self.random.random()
         if u > self.tales + self.prose:
             return self.conversation()
@@ -133,7 +115,7 @@ class Windows:
             ids = self.tokenizer.encode("\n\n".join(self.paragraphs[first : first + 6])).ids[:320]
         return [*ids, self.end], [1] * (len(ids) + 1)
 
-    def row(self, index, length):
+    def row(self, index: int, length: int) -> tuple[list[int], list[int]]:
         ids, mask = self.rest.pop(index, ([], [])) if self.random.random() < 0.5 else ([], [])
         while len(ids) < length:
             more, counts = self.document()
@@ -141,7 +123,7 @@ class Windows:
         self.rest[index] = (ids[length - 1 :], mask[length - 1 :])
         return ids[:length], mask[:length]
 
-    def batch(self, rows, length):
+    def batch(self, rows: int, length: int) -> tuple[list[list[int]], list[list[int]]]:
         """-> ids, mask: lists of `rows` lists of `length` numbers."""
         drawn = [self.row(i, length) for i in range(rows)]
         return [ids for ids, _ in drawn], [mask for _, mask in drawn]
