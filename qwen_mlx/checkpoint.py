@@ -43,7 +43,6 @@ class Header:
     """One tensor as its file's header describes it."""
 
     file: Path
-    dtype: str
     shape: tuple[int, ...]
 
 
@@ -64,13 +63,15 @@ class Checkpoint:
             if again := reformed.keys() & tensors.keys():
                 raise CheckpointError(f"{self.folder} stores {some(again)} twice, under different names.")
             tensors |= reformed
-        gains = {n: a.astype(mx.float32) for n, a in tensors.items() if ZERO_CENTRED.search(n)}
+        floating = {n: a for n, a in tensors.items() if mx.issubdtype(a.dtype, mx.floating)}
+        gains = {n: a.astype(mx.float32) for n, a in floating.items() if ZERO_CENTRED.search(n)}
         tensors |= self._absolute(gains)
         if self.layout == "qwen_mlx":
             tensors |= self._exact_gains(gains)
         return tensors
 
     def _absolute(self, gains: dict[str, mx.array]) -> dict[str, mx.array]:
+        """1 + w where w is stored. Only whole families are judged: one layer's mean may lie anywhere."""
         shift = 1.0 if self.layout == "released" else 0.0
         for kind in ("input", "post_attention"):
             means = [mx.mean(a) for n, a in gains.items() if n.endswith(f".{kind}_layernorm.weight")]
@@ -127,7 +128,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def _reform(name: str, array: mx.array) -> dict[str, mx.array]:
     """The tensor as our modules hold it: convolutions [Cn, K], and the experts' gate and up projections apart."""
     if name.endswith(CONV):
-        return {name: array.reshape(array.shape[0], -1)}
+        return {name: array.squeeze(1 if array.shape[1] == 1 else 2)}
     experts, _, kind = name.rpartition("experts.")
     if kind == "gate_up_proj":
         if array.ndim != 3 or array.shape[1] % 2:
@@ -206,13 +207,13 @@ def _read_header(file: Path) -> dict[str, Header]:
         try:
             entries = json.loads(stream.read(length))
             entries.pop("__metadata__", None)
-            found = {n: (e["dtype"], tuple(e["shape"]), int(e["data_offsets"][1])) for n, e in entries.items()}
+            found = {n: (tuple(e["shape"]), int(e["data_offsets"][1])) for n, e in entries.items()}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise CheckpointError(f"{file} is no safetensors file: its header cannot be read.") from None
-    needed = 8 + length + max((end for _, _, end in found.values()), default=0)
+    needed = 8 + length + max((end for _, end in found.values()), default=0)
     if size < needed:
         raise CheckpointError(f"{file} is truncated: {size} of {needed} bytes; download it again.")
-    return {name: Header(file, dtype, shape) for name, (dtype, shape, _) in found.items()}
+    return {name: Header(file, shape) for name, (shape, _) in found.items()}
 
 
 def _load(file: Path) -> dict[str, mx.array]:

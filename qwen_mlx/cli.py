@@ -7,6 +7,7 @@ import argparse
 import math
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -93,6 +94,10 @@ class Progress:
         self._start = time.monotonic()
         self._said = -math.inf
         self._open = False
+        self._line = ""
+        # The first step may itself take long; then this says that it has begun.
+        self._timer = threading.Timer(1, self._say)
+        self._timer.daemon = True
 
     def __enter__(self) -> "Progress":
         return self
@@ -103,19 +108,25 @@ class Progress:
         self.close()
 
     def update(self, done: int, total: int) -> None:
+        """Tell that `done` of `total` tokens are through; called with 0 when the work begins."""
+        self._line = f"{self.what}: {done} of {total} tokens"
+        if done == 0:
+            self._timer.start()
+        elif done < total and time.monotonic() - self._start >= 1:
+            self._say()
+
+    def _say(self) -> None:
         now = time.monotonic()
-        if now - self._start < 1 or done == total:  # done is not worth a line
-            return
-        line = f"{self.what}: {done} of {total} tokens"
         if sys.stderr.isatty():
-            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+            print(f"\r{self._line}\x1b[K", end="", file=sys.stderr, flush=True)
             self._open = True
         elif now - self._said >= 5:
-            print(line, file=sys.stderr, flush=True)
+            print(self._line, file=sys.stderr, flush=True)
             self._said = now
 
     def close(self) -> None:
         """Clear the line that is being rewritten."""
+        self._timer.cancel()
         if self._open:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             self._open = False

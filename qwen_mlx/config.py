@@ -103,7 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is not a model folder: it has no {path.name}.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, it holds {type(content).__name__}.")
@@ -160,7 +160,7 @@ def _require(source: Mapping[str, Any], name: str) -> Any:
 
 def _size(source: Mapping[str, Any], name: str) -> int:
     value = _require(source, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
         raise CheckpointError(f"config.json: {name} must be a positive integer, it is {value!r}.")
     return value
 

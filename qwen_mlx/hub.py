@@ -1,6 +1,7 @@
 """A folder, a hub id or "demo" to a local folder. Downloads through huggingface_hub: its cache, token, offline mode."""
 
 import difflib
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ RELEASED_MODELS = tuple(
     f"Qwen/Qwen3.5-{size}" for size in ("0.8B", "2B", "4B", "9B", "27B", "35B-A3B", "122B-A10B", "397B-A17B")
 )
 # The same patterns every time: offline, the client compares what is cached with what they ask for.
+DRAFT_HEADS = ["model-mtp*.safetensors"]  # heads that stand beside a converted model; text does not need them
 NEEDED_FILES = [
     "config.json",
     "generation_config.json",
@@ -29,7 +31,7 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Path:
     Raises `ModelNotFoundError` with what to do next: no such folder or repository, gated, not logged in, no such
     revision, no network and not cached, disk full.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if revision is not None and (model == "demo" or path.exists()):
         raise ModelNotFoundError(f"{model} is not on the hub and has no revision {revision}; leave the revision out.")
     if model == "demo":
@@ -51,7 +53,9 @@ def _download(repo: str, revision: str | None) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=NEEDED_FILES))
+        folder = Path(
+            snapshot_download(repo, revision=revision, allow_patterns=NEEDED_FILES, ignore_patterns=DRAFT_HEADS)
+        )
     except (errors.HFValidationError, errors.HTTPError, OSError) as error:
         raise ModelNotFoundError(_reason(repo, revision, error)) from error
     if not (folder / "config.json").exists():

@@ -70,7 +70,7 @@ def _quantize_like(model: Qwen, tensors: dict[str, mx.array]) -> None:
 
     def form(path: str, module: nn.Module) -> bool | dict[str, Any]:
         scales, packed = tensors.get(f"{path}.scales"), tensors.get(f"{path}.weight")
-        if scales is None or packed is None or not hasattr(module, "to_quantized"):
+        if scales is None or packed is None or min(scales.ndim, packed.ndim) < 2 or not hasattr(module, "to_quantized"):
             return False
         size = module.weight.shape[-1]
         bits, rest = divmod(32 * packed.shape[-1], size)

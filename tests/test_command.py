@@ -326,6 +326,15 @@ def test_in_a_pipe_progress_is_a_line_after_a_second_and_every_five(
     assert capsys.readouterr().err.splitlines() == [f"Prompt: {done} of 70 tokens" for done in (20, 40, 60)]
 
 
+def test_a_first_step_that_takes_over_a_second_is_spoken_of(capsys: pytest.CaptureFixture[str]) -> None:
+    said = ""
+    with Progress("Prompt") as progress:
+        progress.update(0, 70)
+        progress._timer.join()  # it ends when it has spoken
+        said = capsys.readouterr().err
+    assert said == "Prompt: 0 of 70 tokens\n"
+
+
 def on_a_terminal(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace, seconds: list[float]) -> str:
     master, slave = os.openpty()
     with open(slave, "w") as terminal:

@@ -32,6 +32,7 @@ NOT_NEEDED = {
     "preprocessor_config.json": b'{"vision": 1}',
     "video_preprocessor_config.json": b'{"vision": 2}',
     "merges.txt": b"a b",
+    "model-mtp.safetensors": b"a draft head",
     "original/consolidated.safetensors": b"4" * 500,
     "pytorch_model.bin": b"5" * 500,
 }

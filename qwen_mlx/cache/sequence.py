@@ -40,7 +40,7 @@ class SequenceCache:
         return sum(array.nbytes for array in self.arrays)
 
     def snapshot(self) -> Snapshot:
-        """The state now. Nothing is copied: arrays are values, and the next token makes new ones."""
+        """The state now. Nothing is copied yet; the next token copies keys and values once, not writing in place."""
         return Snapshot(tuple(layer.snapshot() for layer in self.layers), self.left_padding)
 
     def restore(self, snapshot: Snapshot) -> None:

@@ -49,7 +49,7 @@ def render(
         return _compile(template).render(variables)
     except jinja2.TemplateSyntaxError as error:
         raise PromptError(f"The chat template is broken at line {error.lineno}: {error.message}") from error
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         raise PromptError(f"The chat template refuses these messages: {error}") from error
 
 

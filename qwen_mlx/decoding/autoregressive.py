@@ -24,4 +24,7 @@ def decode(
             logits = model(current[:, None], cache)[:, -1]
             token = sampler(logits)
             mx.async_eval(token)
+        if remaining % 256 == 0:
+            # Outgrown slabs of keys and values, each larger than the last, stay with the allocator otherwise.
+            mx.clear_cache()
         yield int(current.item()), row  # type: ignore[arg-type]

@@ -18,11 +18,13 @@ def prefill(
 ) -> mx.array:
     """Logits [1, V] after `tokens`; the output matrix meets the last position only.
 
-    `progress(done, total)` is called after every chunk of at most `step_size` tokens. Interrupted, the cache holds
-    the chunks that were finished. ValueError for a `step_size` below 1.
+    `progress(done, total)` is called at the start and after every chunk of at most `step_size` tokens. Interrupted,
+    the cache holds the chunks that were finished. ValueError for a `step_size` below 1.
     """
     if step_size < 1:
         raise ValueError(f"The prefill step_size must be at least 1 token, not {step_size!r}.")
+    if progress:
+        progress(0, len(tokens))
     for start in range(0, len(tokens), step_size):
         chunk = mx.array([list(tokens[start : start + step_size])])
         hidden = model.hidden(model.embed(chunk), cache)

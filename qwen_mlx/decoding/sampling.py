@@ -67,8 +67,10 @@ class SamplingParams:
         for name in _INTEGERS:
             if name != "seed" or self.seed is not None:
                 _check(name, getattr(self, name), _INTEGERS, (int,))
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise ValueError(f"logit_bias must map integer token ids to finite numbers, not {self.logit_bias!r}")
         for token, bias in (self.logit_bias or {}).items():
-            if not isinstance(token, int) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
+            if type(token) is not int or not isinstance(bias, (int, float)) or not math.isfinite(bias):
                 raise ValueError(f"logit_bias must map integer token ids to finite numbers, not {token!r} to {bias!r}")
         object.__setattr__(self, "stop", stop_tuple(self.stop))
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 def stop_tuple(stops: Sequence[str]) -> tuple[str, ...]:
     """One stop string or a sequence of them as a tuple; ValueError for an empty string or something not text."""
+    if not isinstance(stops, Sequence):
+        raise ValueError(f"stop must be a string or several, not {stops!r}")
     stops = (stops,) if isinstance(stops, str) else tuple(stops)
     for stop in stops:
         if not isinstance(stop, str) or not stop:

@@ -7,13 +7,16 @@ import mlx.core as mx
 
 def sigmoid(x: mx.array) -> mx.array:
     """1 / (1 + 2^(-x log2 e)): as exact as through exp, and faster on a CPU (silu: 2.7 times, measured)."""
-    return 1 / (1 + mx.power(2.0, x.astype(mx.float32) * -math.log2(math.e)))
+    return 1 / _one_plus_exp_of_minus(x)
 
 
 def silu(x: mx.array) -> mx.array:
     """x sigmoid(x), float32."""
-    x = x.astype(mx.float32)
-    return x / (1 + mx.power(2.0, x * -math.log2(math.e)))
+    return x / _one_plus_exp_of_minus(x)
+
+
+def _one_plus_exp_of_minus(x: mx.array) -> mx.array:
+    return 1 + mx.power(2.0, x.astype(mx.float32) * -math.log2(math.e))
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:

@@ -29,9 +29,9 @@ def causal_conv1d(
     columns = mx.concatenate([conv_state.astype(x.dtype), x], axis=1)  # [B, K-1+T, Cn]
     # K shifted products: measured on a CPU, 5 times faster than mx.conv1d with one group per channel.
     wide, rows = columns.astype(mx.float32), mx.contiguous(weight.astype(mx.float32).T)
-    y = wide[:, :T] * rows[0]
+    y = wide[:, :T] * rows[:1]
     for i in range(1, taps):
-        y = y + wide[:, i : i + T] * rows[i]
+        y = y + wide[:, i : i + T] * rows[i : i + 1]
     return silu(y).astype(x.dtype), _last_columns(columns, taps - 1, mask)
 
 

@@ -21,8 +21,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: TextConfig, layer_type: str) -> None:
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
-        self.is_full_attention = layer_type == FULL
-        if self.is_full_attention:
+        if layer_type == FULL:
             self.self_attn = Attention(config)
         else:
             self.linear_attn = GatedDeltaNet(config)

@@ -8,7 +8,7 @@ from qwen_mlx.kernels.activations import sigmoid, swiglu
 from qwen_mlx.kernels.backend import gpu_generation
 from qwen_mlx.model.mlp import MLP
 
-SORT_FROM = 64  # routed rows: from here on, grouping them by expert costs less than reading experts again
+SORT_FROM = 64  # routed rows that are worth grouping by expert; mlx-lm's figure
 
 
 class ExpertLinear(nn.Module):
@@ -65,12 +65,12 @@ class Experts(nn.Module):
     def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
         """x [N, D], experts [N, k] -> [N, k, D], one answer for each chosen expert."""
         N, k = experts.shape
-        rows, flat = mx.repeat(x, k, axis=0), experts.flatten()
+        flat, order = experts.flatten(), mx.arange(N * k)
         ordered = N * k >= SORT_FROM
         if ordered:
             order = mx.argsort(flat)
-            rows, flat = rows[order], flat[order]
-        rows = rows[:, None]
+            flat = flat[order]
+        rows = x[order // k][:, None]
         hidden = swiglu(self.gate_proj(rows, flat, ordered=ordered), self.up_proj(rows, flat, ordered=ordered))
         out = self.down_proj(hidden, flat, ordered=ordered)[:, 0]
         if ordered:

@@ -297,7 +297,7 @@ def test_a_copy_goes_its_own_way() -> None:
         *[("repetition_penalty", value) for value in (0.0, -1.0, math.nan, math.inf)],
         *[("presence_penalty", value) for value in (-2.1, 2.1, math.nan)],
         *[("frequency_penalty", value) for value in (-2.1, 2.1, math.nan)],
-        *[("logit_bias", value) for value in ({1: math.nan}, {"1": 1.0}, {1: math.inf}, {1: "a"})],
+        *[("logit_bias", value) for value in ({1: math.nan}, {"1": 1.0}, {1: math.inf}, {1: "a"}, {True: 1.0}, [1, 2])],
         *[("seed", value) for value in (-1, 2**64, 1.5)],
         *[("max_tokens", value) for value in (0, -5, 2.5)],
         *[("stop", value) for value in ("", ["a", ""])],

@@ -25,7 +25,7 @@ GREEDY = 64
 ASKED = {
     "capital": ("What is the capital of France?", None, False),
     "sum": ("What is 3 + 4?", None, True),
-    "story": ("Tell me a story about a fox.", None, False),
+    "story": ("Tell me a story about an owl.", None, False),
     "who": ("Who are you?", None, False),
     "unknown": ("How do I fix a car?", None, False),
     "tool": ("What is the weather in Paris?", [WEATHER], True),

@@ -256,7 +256,7 @@ def positions_start_again(model: Qwen, patch: Patch) -> None:
 def second_norm_before_the_mixer_is_added(model: Qwen, patch: Patch) -> None:
     def layer(self: DecoderLayer, x: mx.array, cache: Any, span: Span) -> mx.array:
         normed = self.input_layernorm(x)
-        if self.is_full_attention:
+        if "self_attn" in self:
             mixed = self.self_attn(normed, cache, span.attention, span.positions)
         else:
             mixed = self.linear_attn(normed, cache, span.tokens)
