@@ -1,6 +1,6 @@
 """Train the demo model with the reference implementation (transformers), on the CPU, MTP head included.
 
-    python examples/train_demo/train.py --steps 3000 --threads 1
+    python examples/train_demo/train.py --out demo-run
 
 Writes a checkpoint in the released layout beside `--out` every ten minutes and resumes from it. Two objectives: the
 next token, and the two after it through the MTP head, whose second step reads its own first output exactly as it will
@@ -180,7 +180,7 @@ def rate_at(step, steps, peak):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-run"))
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps of 4,096 tokens")
+    parser.add_argument("--steps", type=int, default=1600, help="optimiser steps of 4,096 tokens")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile (for a few steps of trial)")
