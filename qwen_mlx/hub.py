@@ -41,7 +41,9 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Path:
     if path.exists():
         raise ModelNotFoundError(f"{model} is a file; give the folder that holds config.json and the weights.")
     if str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
-        raise ModelNotFoundError(f"{model} is no folder here, and no hub id (those look like {DEFAULT_MODEL}).")
+        raise ModelNotFoundError(
+            f"{model} is no folder here, and no hub id like {DEFAULT_MODEL}; the embedded model is called demo."
+        )
     return _download(str(model), revision)
 
 
@@ -70,7 +72,7 @@ def _reason(repo: str, revision: str | None, error: Exception) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.HFValidationError):
-        return f"{repo} is no folder here, and no hub id (those look like {DEFAULT_MODEL})."
+        return f"{repo} is no folder here, and no hub id like {DEFAULT_MODEL}; the embedded model is called demo."
     if isinstance(error, errors.GatedRepoError):
         return f"{repo} is gated: accept its terms at https://huggingface.co/{repo}, then run `hf auth login`."
     if isinstance(error, errors.RepositoryNotFoundError):

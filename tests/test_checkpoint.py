@@ -296,6 +296,14 @@ BAD = {
         with_tensors(replaced(EMBEDDING, mx.zeros((384, 128), mx.uint8))),
         "model.embed_tokens.weight is stored as mlx.core.uint8, where mlx.core.float32 is wanted",
     ),
+    "integer gains": (
+        with_tensors(replaced("model.language_model.norm.weight", mx.zeros((128,), mx.uint8))),
+        "model.norm.weight is stored as mlx.core.uint8, where mlx.core.float32 is wanted",
+    ),
+    "a convolution of nothing": (
+        with_tensors(replaced("model.language_model.layers.0.linear_attn.conv1d.weight", mx.zeros((0, 1, 4)))),
+        "model.layers.0.linear_attn.conv1d.weight has shape (0, 4), config.json asks for",
+    ),
     "two conventions": (with_tensors(one_converted_layer), "mixes files of two conventions"),
     "no convolution at all": (
         with_tensors(replaced(FIRST + "linear_attn.conv1d.weight", mx.zeros((384, 4)))),

@@ -206,7 +206,7 @@ def refusal(folder: Path, variant: str, change: Change) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("bad", [0, -1, 2.5, True, "64"])
+@pytest.mark.parametrize("bad", [0, -1, 2.5, True, "64", 2**31])
 @pytest.mark.parametrize(("variant", "name"), DENSE_SIZES + MOE_SIZES)
 def test_a_size_must_be_a_positive_integer(variant: str, name: str, bad: object, tmp_path: Path) -> None:
     said = refusal(tmp_path, variant, text(**{name: bad}))
@@ -291,6 +291,7 @@ def test_a_config_that_cannot_be_run(variant: str, change: Change, said: str, tm
         (b'{"model_type": ', "config.json cannot be read as JSON"),
         (b"\xff\xfe{", "config.json cannot be read as JSON"),
         (b"[]", "config.json must hold a JSON object, it holds list"),
+        (b"[" * 100_000, "config.json cannot be read as JSON"),
     ],
 )
 def test_a_file_that_is_no_config(content: bytes | None, said: str, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_the_head_meets_the_last_position_only(monkeypatch: pytest.MonkeyPatch) 
 def test_progress_counts_the_prompt() -> None:
     seen: list[tuple[int, int]] = []
     tokens_of(list(range(20)), max_tokens=1, prefill_step_size=8, progress=lambda *place: seen.append(place))
-    assert seen == [(8, 20), (16, 20), (20, 20)]
+    assert seen == [(0, 20), (8, 20), (16, 20), (20, 20)]
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,7 @@ def test_the_revision_is_asked_for(hub: Hub) -> None:
         ("tales", None, "tales is no folder here, and no hub id"),
         ("./tales", None, "./tales is no folder here, and no hub id"),
         ("~/tales", None, "~/tales is no folder here, and no hub id"),
+        ("~nobody-of-that-name/tales", None, "~nobody-of-that-name/tales is no folder here, and no hub id"),
     ],
 )
 def test_an_error_names_the_model_and_the_next_step(hub: Hub, name: str, revision: str | None, said: str) -> None:

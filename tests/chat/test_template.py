@@ -165,9 +165,18 @@ def test_broken_template_is_named_with_its_line(template: str) -> None:
         render(template, HELLO)
 
 
+ENDLESS = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"
+
+
 @pytest.mark.parametrize(
     "template",
-    ["{{ messages[0].content + 1 }}", "{{ 1 / 0 }}", "{{ nothing.at.all }}", "{{ [1] | tojson(indent=7 / 0) }}"],
+    [
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ nothing.at.all }}",
+        "{{ [1] | tojson(indent=7 / 0) }}",
+        ENDLESS,
+    ],
 )
 def test_template_that_fails_while_it_runs_is_a_prompt_error(template: str) -> None:
     with pytest.raises(PromptError, match="refuses these messages"):
