@@ -30,7 +30,7 @@ PREFIXES = (
     ("model.", "model."),
 )
 # Parts of the checkpoint that text generation does not read.
-OTHER_PARTS = re.compile(r"^((model\.)?(language_model\.)?(model\.)?)?(visual|mtp)\.|^vision_tower\.")
+OTHER_PARTS = re.compile(r"^(model\.)?(language_model\.)?(model\.)?(visual|mtp)\.|^vision_tower\.")
 ZERO_CENTRED = re.compile(r"(layernorm|q_norm|k_norm|^model\.norm)\.weight$")
 CONV = "linear_attn.conv1d.weight"
 GAINS = Path("qwen_mlx", "gains.safetensors")

@@ -110,9 +110,11 @@ class Progress:
     def update(self, done: int, total: int) -> None:
         """Tell that `done` of `total` tokens are through; called with 0 when the work begins."""
         self._line = f"{self.what}: {done} of {total} tokens"
-        if done == 0:
+        if done == total:
+            self.close()
+        elif done == 0:
             self._timer.start()
-        elif done < total and time.monotonic() - self._start >= 1:
+        elif time.monotonic() - self._start >= 1:
             self._say()
 
     def _say(self) -> None:
@@ -127,6 +129,8 @@ class Progress:
     def close(self) -> None:
         """Clear the line that is being rewritten."""
         self._timer.cancel()
+        if self._timer.is_alive():  # it may be speaking right now
+            self._timer.join()
         if self._open:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             self._open = False

@@ -177,7 +177,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with Progress("Prompt") as progress:
             options = {"prefill_step_size": args.prefill_step_size, "progress": progress.update, "thinking": thinking}
             for last in stream_generate(model, tokenizer, prompt if args.raw else messages, **options, **given):
-                progress.close()
                 pieces.append(last.text)
                 if not args.json:
                     print(last.text, end="", flush=True)

@@ -11,8 +11,8 @@ DEFAULT_MODEL = "Qwen/Qwen3.5-0.8B"
 RELEASED_MODELS = tuple(
     f"Qwen/Qwen3.5-{size}" for size in ("0.8B", "2B", "4B", "9B", "27B", "35B-A3B", "122B-A10B", "397B-A17B")
 )
-# The same patterns every time: offline, the client compares what is cached with what they ask for.
 DRAFT_HEADS = ["model-mtp*.safetensors"]  # heads that stand beside a converted model; text does not need them
+# The same patterns every time: offline, the client compares what is cached with what they ask for.
 NEEDED_FILES = [
     "config.json",
     "generation_config.json",
@@ -41,9 +41,7 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Path:
     if path.exists():
         raise ModelNotFoundError(f"{model} is a file; give the folder that holds config.json and the weights.")
     if str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
-        raise ModelNotFoundError(
-            f"{model} is no folder here, and no hub id like {DEFAULT_MODEL}; the embedded model is called demo."
-        )
+        raise ModelNotFoundError(_no_name_of_a_model(str(model)))
     return _download(str(model), revision)
 
 
@@ -67,12 +65,16 @@ def _download(repo: str, revision: str | None) -> Path:
     return folder
 
 
+def _no_name_of_a_model(name: str) -> str:
+    return f"{name} is no folder here, and no hub id like {DEFAULT_MODEL}; the embedded model is called demo."
+
+
 def _reason(repo: str, revision: str | None, error: Exception) -> str:
     """Why `repo` cannot be had and what to do next, in one sentence; narrower errors come before wider ones."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.HFValidationError):
-        return f"{repo} is no folder here, and no hub id like {DEFAULT_MODEL}; the embedded model is called demo."
+        return _no_name_of_a_model(repo)
     if isinstance(error, errors.GatedRepoError):
         return f"{repo} is gated: accept its terms at https://huggingface.co/{repo}, then run `hf auth login`."
     if isinstance(error, errors.RepositoryNotFoundError):
