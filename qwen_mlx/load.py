@@ -9,10 +9,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from qwen_mlx.checkpoint import open_checkpoint, some
-from qwen_mlx.config import read_config
+from qwen_mlx.config import TextConfig, read_config
 from qwen_mlx.errors import CheckpointError
 from qwen_mlx.hub import resolve
 from qwen_mlx.kernels.backend import gpu_generation
+from qwen_mlx.kernels.self_check import Sizes, check_kernels
 from qwen_mlx.model.qwen import Qwen
 from qwen_mlx.tokenizer import Tokenizer
 
@@ -56,7 +57,19 @@ def load_model(folder: Path, *, dtype: str = "auto") -> Qwen:
             tensors[name] = array.astype(mx.float32 if wide else model.dtype)
     model.load_weights(list(tensors.items()))
     model.eval()
+    check_kernels(_sizes(config.text, model.dtype))
     return model
+
+
+def _sizes(config: TextConfig, dtype: mx.Dtype) -> Sizes:
+    return Sizes(
+        config.linear_num_key_heads,
+        config.linear_num_value_heads,
+        config.linear_key_head_dim,
+        config.linear_value_head_dim,
+        config.linear_conv_kernel_dim,
+        dtype,
+    )
 
 
 def weights_with_nan(model: Qwen) -> list[str]:

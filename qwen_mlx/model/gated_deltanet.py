@@ -8,9 +8,8 @@ from qwen_mlx.config import TextConfig
 from qwen_mlx.kernels.activations import sigmoid, softplus
 from qwen_mlx.kernels.causal_conv1d import causal_conv1d
 from qwen_mlx.kernels.gated_delta import gated_delta_rule
+from qwen_mlx.kernels.gated_delta_step import StepWeights, gated_delta_step, step_is_fused
 from qwen_mlx.model.norm import GatedRMSNorm
-
-L2_EPS = 1e-6
 
 
 class Convolution(nn.Module):
@@ -43,18 +42,26 @@ class GatedDeltaNet(nn.Module):
     def __call__(self, x: mx.array, cache: RecurrentCache, tokens: mx.array | None) -> mx.array:
         """x [B, T, D] -> [B, T, D]; `tokens` bool [B, T], False on left padding."""
         B, T, _ = x.shape
-        z = self.in_proj_z(x).reshape(B, T, self.num_value_heads, self.value_dim)
         conv_state, state = self._states(cache, B, x.dtype)
-        # Padding is zeroed before the convolution: k = v = 0 leaves an empty state empty.
-        mixed, conv_state = causal_conv1d(self.in_proj_qkv(x), self.conv1d.weight, conv_state, mask=tokens)
-        keys = self.num_key_heads * self.key_dim
-        q, k, v = mx.split(mixed, [keys, 2 * keys], axis=-1)
-        q, k = (y.reshape(B, T, self.num_key_heads, self.key_dim) for y in (q, k))
-        v = v.reshape(B, T, self.num_value_heads, self.value_dim)
-        g, beta = self._gates(x)
-        o, state = gated_delta_rule(l2_norm(q) * self.key_dim**-0.5, l2_norm(k), v.astype(mx.float32), g, beta, state)
+        if T == 1 and tokens is None and step_is_fused(conv_state, state):
+            projected = self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_a(x), self.in_proj_b(x)
+            weights = StepWeights(self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight, self.norm.eps)
+            y, conv_state, state = gated_delta_step(projected, weights, conv_state, state)
+        else:
+            # Padding is zeroed before the convolution: k = v = 0 leaves an empty state empty.
+            q, k, v, conv_state = causal_conv1d(
+                self.in_proj_qkv(x),
+                self.conv1d.weight,
+                conv_state,
+                key_heads=self.num_key_heads,
+                key_dim=self.key_dim,
+                mask=tokens,
+            )
+            heads = (B, T, self.num_value_heads, self.value_dim)
+            o, state = gated_delta_rule(q, k, v.reshape(heads), *self._gates(x), state)
+            y = self.norm(o, self.in_proj_z(x).reshape(heads)).reshape(B, T, -1)
         cache.conv_state, cache.recurrent_state = conv_state, state
-        return self.out_proj(self.norm(o, z).reshape(B, T, -1))
+        return self.out_proj(y)
 
     def _gates(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Log decay g = -exp(A_log) softplus(a + dt_bias), and beta = sigmoid(b): [B, T, Hv] float32."""
@@ -69,9 +76,3 @@ class GatedDeltaNet(nn.Module):
             mx.zeros((batch, taps - 1, channels), dtype),
             mx.zeros((batch, self.num_value_heads, self.value_dim, self.key_dim), mx.float32),
         )
-
-
-def l2_norm(x: mx.array) -> mx.array:
-    """x / sqrt(sum(x^2) + 1e-6) over the last axis, in float32."""
-    size = x.shape[-1]
-    return mx.fast.rms_norm(x.astype(mx.float32), None, L2_EPS / size) * size**-0.5

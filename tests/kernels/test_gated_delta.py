@@ -4,11 +4,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen_mlx.kernels import gated_delta
+from qwen_mlx.kernels import gated_delta_chunk
 from qwen_mlx.kernels.gated_delta import gated_delta_rule, naive_gated_delta_rule
+from tests import reference
+from tests.kernels.problems import ADVERSARIAL, adversarial_problem, problem
+from tests.reference import error
 
-# Largest error over largest reference value. The reference sees the rounded inputs, so 16-bit inputs get no more.
-TOLERANCE = 5e-6
+TOLERANCE = reference.TOLERANCE[mx.float32]
 
 LENGTHS = [
     pytest.param(1, id="one_token"),
@@ -25,56 +27,19 @@ LENGTHS = [
 ]
 
 
-def problem(T, *, B=2, Hk=2, group=2, Dk=32, Dv=64, dtype=mx.float32, seed=0):
-    """q, k, v, g, beta, state as the mixer makes them; a memory of about ten tokens."""
-    rng = np.random.default_rng(seed)
-    q, k = (rng.standard_normal((B, T, Hk, Dk)) for _ in range(2))
-    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    v = rng.standard_normal((B, T, Hk * group, Dv))
-    g = np.log(rng.uniform(0.8, 1, (B, T, Hk * group)))
-    beta = rng.uniform(0, 1, (B, T, Hk * group))
-    state = rng.standard_normal((B, Hk * group, Dv, Dk)) * 0.3
-    q, k, v = (mx.array(x.astype(np.float32)).astype(dtype) for x in (q * Dk**-0.5, k, v))
-    return [q, k, v, *(mx.array(x.astype(np.float32)) for x in (g, beta, state))]
-
-
-def float64_rule(q, k, v, g, beta, state):
-    """S = e^g S; S = S + beta (v - S k) k^T; o = S q in NumPy, from the inputs as they were rounded."""
-    q, k, v, g, beta, state = (np.array(x.astype(mx.float32), np.float64) for x in (q, k, v, g, beta, state))
-    B, T, Hv, Dv = v.shape
-    group = Hv // q.shape[2]
-    o = np.zeros((B, T, Hv, Dv))
-    for b in range(B):
-        for j in range(Hv):
-            S = state[b, j]
-            for t in range(T):
-                q_t, k_t = q[b, t, j // group], k[b, t, j // group]
-                S = np.exp(g[b, t, j]) * S
-                S = S + beta[b, t, j] * np.outer(v[b, t, j] - S @ k_t, k_t)
-                o[b, t, j] = S @ q_t
-            state[b, j] = S
-    return o, state
-
-
-def error(result, reference):
-    """The larger error ratio of output and state; NaN and infinity count as infinite."""
-    ratios = [np.abs(np.array(x, np.float64) - y).max() / np.abs(y).max() for x, y in zip(result, reference)]
-    return max(ratio if np.isfinite(ratio) else np.inf for ratio in ratios)
-
-
 @pytest.mark.parametrize(("Dk", "Dv"), [(32, 64), (128, 64)], ids=["narrow_keys", "wide_keys"])
 @pytest.mark.parametrize("group", [1, 2, 3], ids=["equal_heads", "two_values_a_key", "three_values_a_key"])
 @pytest.mark.parametrize("T", LENGTHS)
 def test_equals_float64(T, group, Dk, Dv):
     inputs = problem(T, group=group, Dk=Dk, Dv=Dv)
-    assert error(gated_delta_rule(*inputs), float64_rule(*inputs)) < TOLERANCE
+    assert error(gated_delta_rule(*inputs), reference.gated_delta_rule(*inputs)) < TOLERANCE
 
 
 @pytest.mark.parametrize("group", [1, 3], ids=["equal_heads", "three_values_a_key"])
 @pytest.mark.parametrize("T", [1, 40])
 def test_naive_equals_float64(T, group):
     inputs = problem(T, group=group)
-    assert error(naive_gated_delta_rule(*inputs), float64_rule(*inputs)) < TOLERANCE
+    assert error(naive_gated_delta_rule(*inputs), reference.gated_delta_rule(*inputs)) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
@@ -83,54 +48,14 @@ def test_16_bit_inputs_are_widened_before_the_first_product(T, dtype):
     inputs = problem(T, dtype=dtype)
     o, state = gated_delta_rule(*inputs)
     assert (o.dtype, state.dtype) == (mx.float32, mx.float32)
-    assert error((o, state), float64_rule(*inputs)) < TOLERANCE
-
-
-def first_key(k):
-    return np.broadcast_to(k[:, :1], k.shape)
-
-
-def near_equal(k):
-    k = k[:, :1] + 0.14 * k  # cosine about 0.99
-    return k / np.linalg.norm(k, axis=-1, keepdims=True)
-
-
-def every(period, k):
-    return np.arange(k.shape[1])[:, None] % period
-
-
-# What each case makes of k, v, g, beta; None keeps the random one.
-ADVERSARIAL = {
-    "random": lambda k, v, g, beta: (None, None, None, None),
-    "no_decay": lambda k, v, g, beta: (None, None, 0, None),
-    "zero_decay": lambda k, v, g, beta: (None, None, -np.inf, None),
-    "decay_1e-30": lambda k, v, g, beta: (None, None, np.log(1e-30), None),
-    "mixed_zero_and_no_decay": lambda k, v, g, beta: (None, None, np.where(every(5, k) < 2, -np.inf, 0), None),
-    "strong_decay_then_weak": lambda k, v, g, beta: (None, None, np.where(every(7, k) == 0, -80, -1e-3), None),
-    "slow_decay_full_writes": lambda k, v, g, beta: (None, None, g / 200, 1),
-    "no_writes": lambda k, v, g, beta: (None, None, None, 0),
-    "repeated_key_full_writes": lambda k, v, g, beta: (first_key(k), None, 0, 1),
-    "repeated_key_half_writes": lambda k, v, g, beta: (first_key(k), None, 0, 0.5),
-    "alternating_key_full_writes": lambda k, v, g, beta: (first_key(k) * (1 - 2 * every(2, k))[..., None], None, 0, 1),
-    "near_equal_keys_full_writes": lambda k, v, g, beta: (near_equal(k), None, 0, 1),
-    "three_keys_full_writes": lambda k, v, g, beta: (k[:, np.arange(k.shape[1]) % min(3, k.shape[1])], None, 0, 1),
-    "big_values_full_writes": lambda k, v, g, beta: (None, 1e3 * v, 0, 1),
-}
-
-
-def adversarial_problem(name, T):
-    q, *changeable, state = problem(T)
-    arrays = [np.array(x) for x in changeable]
-    changes = zip(arrays, ADVERSARIAL[name](*arrays))
-    changed = (old if new is None else np.broadcast_to(new, old.shape).astype(np.float32) for old, new in changes)
-    return [q, *(mx.array(x) for x in changed), state]
+    assert error((o, state), reference.gated_delta_rule(*inputs)) < TOLERANCE
 
 
 @pytest.mark.parametrize("T", [1, 8, 32, 100], ids=["one_token", "short_block", "one_full_chunk", "four_chunks"])
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_adversarial_inputs_equal_float64(name, T):
     inputs = adversarial_problem(name, T)
-    assert error(gated_delta_rule(*inputs), float64_rule(*inputs)) < TOLERANCE
+    assert error(gated_delta_rule(*inputs), reference.gated_delta_rule(*inputs)) < TOLERANCE
 
 
 def neumann_inverse(A):
@@ -143,16 +68,16 @@ def neumann_inverse(A):
 
 
 def test_neumann_inverse_would_be_noticed_at_near_equal_keys(monkeypatch):
-    monkeypatch.setattr(gated_delta, "_unit_lower_inverse", neumann_inverse)
+    monkeypatch.setattr(gated_delta_chunk, "_unit_lower_inverse", neumann_inverse)
     harmless, fatal = adversarial_problem("random", 32), adversarial_problem("near_equal_keys_full_writes", 32)
-    assert error(gated_delta_rule(*harmless), float64_rule(*harmless)) < TOLERANCE
-    assert error(gated_delta_rule(*fatal), float64_rule(*fatal)) > 1000 * TOLERANCE
+    assert error(gated_delta_rule(*harmless), reference.gated_delta_rule(*harmless)) < TOLERANCE
+    assert error(gated_delta_rule(*fatal), reference.gated_delta_rule(*fatal)) > 1000 * TOLERANCE
 
 
 @pytest.mark.parametrize("C", [1, 2, 3, 4, 5, 16, 17, 31, 32])
 def test_unit_lower_inverse_of_any_size(C):
     A = np.tril(np.random.default_rng(C).uniform(-1, 1, (3, C, C)), -1).astype(np.float32) / np.sqrt(C)
-    inverse = gated_delta._unit_lower_inverse(mx.array(A))
+    inverse = gated_delta_chunk._unit_lower_inverse(mx.array(A))
     assert error([inverse], [np.linalg.inv(np.eye(C) + A.astype(np.float64))]) < TOLERANCE
 
 
@@ -167,6 +92,7 @@ def run_pieces(inputs, lengths):
     return mx.concatenate(outputs, axis=1), state
 
 
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize(
     "lengths",
     [
@@ -183,28 +109,52 @@ def test_pieces_equal_the_whole(lengths):
     assert error(run_pieces(inputs, lengths), whole) < TOLERANCE
 
 
-@pytest.mark.parametrize("rule", [gated_delta_rule, naive_gated_delta_rule])
-@pytest.mark.parametrize(("pad", "T"), [(1, 1), (3, 5), (30, 10), (40, 33)])
-def test_left_padded_row_equals_the_unpadded_one(pad, T, rule):
+def left_padded(rule, pad, T):
     inputs = problem(pad + T)
     *tokens, state = inputs
     mask = mx.array(np.stack([np.arange(pad + T) >= pad, np.ones(pad + T, bool)]))
     o, padded_state = rule(*inputs, mask=mask)
-    alone = float64_rule(*(x[:1, pad:] for x in tokens), state[:1])
-    assert error((o[:1, pad:], padded_state[:1]), alone) < TOLERANCE
-    full = float64_rule(*(x[1:] for x in tokens), state[1:])
-    assert error((o[1:], padded_state[1:]), full) < TOLERANCE
+    alone = reference.gated_delta_rule(*(x[:1, pad:] for x in tokens), state[:1])
+    full = reference.gated_delta_rule(*(x[1:] for x in tokens), state[1:])
+    return max(error((o[:1, pad:], padded_state[:1]), alone), error((o[1:], padded_state[1:]), full))
 
 
-@pytest.mark.parametrize("rule", [gated_delta_rule, naive_gated_delta_rule])
-@pytest.mark.parametrize(("T", "pad"), [(1, 7), (20, 12), (33, 31)])
-def test_right_padding_ends_in_the_state_of_the_last_real_token(T, pad, rule):
+LEFT = pytest.mark.parametrize(("pad", "T"), [(1, 1), (3, 5), (30, 10), (40, 33)])
+
+
+@LEFT
+@pytest.mark.usefixtures("anywhere")
+def test_left_padded_row_equals_the_unpadded_one(pad, T):
+    assert left_padded(gated_delta_rule, pad, T) < TOLERANCE
+
+
+@LEFT
+def test_naive_left_padded_row_equals_the_unpadded_one(pad, T):
+    assert left_padded(naive_gated_delta_rule, pad, T) < TOLERANCE
+
+
+def right_padded(rule, T, pad):
     inputs = problem(T + pad, B=1)
     *tokens, state = inputs
     o, padded_state = rule(*inputs, mask=mx.arange(T + pad)[None] < T)
-    assert error((o[:, :T], padded_state), float64_rule(*(x[:, :T] for x in tokens), state)) < TOLERANCE
+    return error((o[:, :T], padded_state), reference.gated_delta_rule(*(x[:, :T] for x in tokens), state))
 
 
+RIGHT = pytest.mark.parametrize(("T", "pad"), [(1, 7), (20, 12), (33, 31)])
+
+
+@RIGHT
+@pytest.mark.usefixtures("anywhere")
+def test_right_padding_ends_in_the_state_of_the_last_real_token(T, pad):
+    assert right_padded(gated_delta_rule, T, pad) < TOLERANCE
+
+
+@RIGHT
+def test_naive_right_padding_ends_in_the_state_of_the_last_real_token(T, pad):
+    assert right_padded(naive_gated_delta_rule, T, pad) < TOLERANCE
+
+
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize("T", [1, 8, 40], ids=["one_token", "short_block", "two_chunks"])
 @pytest.mark.parametrize("g", [-1.0, -np.inf], ids=["decay", "zero_decay"])
 def test_masked_tokens_leave_the_state_to_the_last_bit(T, g):

@@ -217,16 +217,17 @@ def padding_is_attended_to_from_the_second_token_on(model: Qwen, patch: Patch) -
 
 
 def window_forgotten(model: Qwen, patch: Patch) -> None:
-    def conv(x: mx.array, weight: mx.array, conv_state: mx.array, **kwargs: Any) -> tuple[mx.array, mx.array]:
+    def conv(x: mx.array, weight: mx.array, conv_state: mx.array, **kwargs: Any) -> tuple[mx.array, ...]:
         return causal_conv1d(x, weight, mx.zeros_like(conv_state), **kwargs)
 
     patch.setattr(gated_deltanet, "causal_conv1d", conv)
 
 
 def window_kept_behind_the_convolution(model: Qwen, patch: Patch) -> None:
-    def conv(x: mx.array, weight: mx.array, conv_state: mx.array, **kwargs: Any) -> tuple[mx.array, mx.array]:
-        y, _ = causal_conv1d(x, weight, conv_state, **kwargs)
-        return y, mx.concatenate([conv_state, y], axis=1)[:, y.shape[1] :]
+    def conv(x: mx.array, weight: mx.array, conv_state: mx.array, **kwargs: Any) -> tuple[mx.array, ...]:
+        q, k, v, _ = causal_conv1d(x, weight, conv_state, **kwargs)
+        mixed = mx.concatenate([y.reshape(*x.shape[:2], -1) for y in (q, k, v)], axis=-1)
+        return q, k, v, mx.concatenate([conv_state, mixed], axis=1)[:, x.shape[1] :]
 
     patch.setattr(gated_deltanet, "causal_conv1d", conv)
 

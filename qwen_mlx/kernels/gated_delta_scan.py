@@ -1,0 +1,118 @@
+"""The gated delta rule token by token, with a tape from which the state after any of the tokens can be made again."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from qwen_mlx.kernels.backend import Kernel
+from qwen_mlx.kernels.gated_delta_arguments import ROWS, check_arguments, freeze_masked, kernels_fit
+
+INPUTS = ("q", "k", "v", "g", "beta", "state")
+SCAN = Kernel("gated_delta_scan", INPUTS, ("o", "state_out"))
+SCAN_WITH_TAPE = Kernel("gated_delta_scan", INPUTS, ("o", "state_out", "tape"), defines=("TAPE",))
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What T tokens did to a state: k [B, T, Hk, Dk], log decay g and written delta [B, T, Hv] and [B, T, Hv, Dv]."""
+
+    k: mx.array
+    g: mx.array
+    delta: mx.array
+
+
+def gated_delta_scan(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array,
+    *,
+    mask: mx.array | None = None,
+) -> tuple[mx.array, mx.array, Tape]:
+    """`gated_delta_rule`, one token after the other, and the tape of
+
+        d_t = beta_t (v_t - exp(g_t) S_{t-1} k_t),   by which S_t = exp(g_t) S_{t-1} + d_t k_t^T
+
+    Arguments, results and errors are those of `gated_delta_rule`; `gated_delta_replay` reads the tape.
+    """
+    check_arguments(q, k, v, g, beta, state, mask)
+    g, beta = freeze_masked(g, beta, mask)
+    if SCAN_WITH_TAPE.usable and kernels_fit(state, q.shape[2]):
+        o, state, delta = metal_gated_delta_scan(q, k, v, g, beta, state, kernel=SCAN_WITH_TAPE)
+    else:
+        o, state, delta = recurrent_gated_delta_scan(q, k, v, g, beta, state)
+    return o, state, Tape(k, g, delta)
+
+
+def naive_gated_delta_scan(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array,
+    *,
+    mask: mx.array | None = None,
+) -> tuple[mx.array, mx.array, Tape]:
+    """The formula of `gated_delta_scan` for the reader; same arguments and results."""
+    group = v.shape[2] // q.shape[2]
+    queries, keys = (mx.repeat(x.astype(mx.float32), group, axis=2) for x in (q, k))  # [B, T, Hv, Dk]
+    v, (g, beta) = v.astype(mx.float32), freeze_masked(g, beta.astype(mx.float32), mask)
+    outputs, deltas = [], []
+    for t in range(q.shape[1]):
+        decayed = mx.exp(g[:, t, :, None, None]) * state
+        recalled = (decayed @ keys[:, t, :, :, None]).squeeze(-1)  # [B, Hv, Dv]
+        deltas.append(beta[:, t, :, None] * (v[:, t] - recalled))
+        state = decayed + deltas[-1][..., :, None] * keys[:, t, :, None, :]
+        outputs.append((state @ queries[:, t, :, :, None]).squeeze(-1))
+    return mx.stack(outputs, axis=1), state, Tape(k, g, mx.stack(deltas, axis=1))
+
+
+def recurrent_gated_delta_scan(
+    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """o, the new state and d [B, T, Hv, Dv]; for each token the state is read once.
+
+    With d = beta (v - S k), o = S q + (k . q) d needs no second pass.
+    """
+    B, T, Hk, Dk = q.shape
+    Hv, Dv = v.shape[2:]
+    q, k = (x.astype(mx.float32).reshape(B, T, Hk, 1, 1, Dk) for x in (q, k))
+    v = v.astype(mx.float32).reshape(B, T, Hk, -1, Dv, 1)
+    alpha = mx.exp(g).reshape(B, T, Hk, -1, 1, 1)
+    beta = beta.astype(mx.float32).reshape(B, T, Hk, -1, 1, 1)
+    columns = mx.concatenate([k, q], axis=-2).swapaxes(-1, -2)  # [B, T, Hk, 1, Dk, 2]
+    overlap = (k * q).sum(axis=-1, keepdims=True)
+    state = state.reshape(B, Hk, -1, Dv, Dk)
+    outputs, deltas = [], []
+    for t in range(T):
+        read = alpha[:, t] * (state @ columns[:, t])  # [B, Hk, Hv/Hk, Dv, 2]
+        delta = beta[:, t] * (v[:, t] - read[..., :1])
+        outputs.append(read[..., 1:] + delta * overlap[:, t])
+        deltas.append(delta)
+        state = alpha[:, t] * state + delta * k[:, t]
+    o, d = (mx.stack(x, axis=1).reshape(B, T, Hv, Dv) for x in (outputs, deltas))
+    return o, state.reshape(B, Hv, Dv, Dk), d
+
+
+def metal_gated_delta_scan(
+    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array, *, kernel: Kernel
+) -> list[mx.array]:
+    """The outputs of `kernel`, which is SCAN or SCAN_WITH_TAPE."""
+    B, Hv, Dv, Dk = state.shape
+    tokens, whole = (v.shape, mx.float32), (state.shape, mx.float32)
+    return kernel(
+        q,
+        k.astype(q.dtype),
+        v,
+        g,
+        beta,
+        state,
+        outputs=[tokens, whole, tokens][: len(kernel.outputs)],
+        grid=(Dv // ROWS, B * Hv),
+        simdgroups=4,
+        Key=q.dtype,
+        Dk=Dk,
+    )

@@ -1,0 +1,60 @@
+"""Inputs of the gated delta rule: those of a mixer, and those that break a careless form of it."""
+
+import mlx.core as mx
+import numpy as np
+
+
+def problem(T, *, B=2, Hk=2, group=2, Dk=32, Dv=64, dtype=mx.float32, seed=0):
+    """q, k, v, g, beta, state as the mixer makes them; a memory of about ten tokens."""
+    rng = np.random.default_rng(seed)
+    q, k = (rng.standard_normal((B, T, Hk, Dk)) for _ in range(2))
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    v = rng.standard_normal((B, T, Hk * group, Dv))
+    g = np.log(rng.uniform(0.8, 1, (B, T, Hk * group)))
+    beta = rng.uniform(0, 1, (B, T, Hk * group))
+    state = rng.standard_normal((B, Hk * group, Dv, Dk)) * 0.3
+    q, k, v = (mx.array(x.astype(np.float32)).astype(dtype) for x in (q * Dk**-0.5, k, v))
+    return [q, k, v, *(mx.array(x.astype(np.float32)) for x in (g, beta, state))]
+
+
+def first_key(k):
+    return np.broadcast_to(k[:, :1], k.shape)
+
+
+def near_equal(k):
+    k = k[:, :1] + 0.14 * k  # cosine about 0.99
+    return k / np.linalg.norm(k, axis=-1, keepdims=True)
+
+
+def every(period, k):
+    return np.arange(k.shape[1])[:, None] % period
+
+
+# What each case makes of k, v, g, beta; None keeps the random one.
+ADVERSARIAL = {
+    "random": lambda k, v, g, beta: (None, None, None, None),
+    "no_decay": lambda k, v, g, beta: (None, None, 0, None),
+    "zero_decay": lambda k, v, g, beta: (None, None, -np.inf, None),
+    "decay_1e-30": lambda k, v, g, beta: (None, None, np.log(1e-30), None),
+    "mixed_zero_and_no_decay": lambda k, v, g, beta: (None, None, np.where(every(5, k) < 2, -np.inf, 0), None),
+    "strong_decay_then_weak": lambda k, v, g, beta: (None, None, np.where(every(7, k) == 0, -80, -1e-3), None),
+    "slow_decay_full_writes": lambda k, v, g, beta: (None, None, g / 200, 1),
+    "no_writes": lambda k, v, g, beta: (None, None, None, 0),
+    "repeated_key_full_writes": lambda k, v, g, beta: (first_key(k), None, 0, 1),
+    "repeated_key_half_writes": lambda k, v, g, beta: (first_key(k), None, 0, 0.5),
+    "alternating_key_full_writes": lambda k, v, g, beta: (first_key(k) * (1 - 2 * every(2, k))[..., None], None, 0, 1),
+    "near_equal_keys_full_writes": lambda k, v, g, beta: (near_equal(k), None, 0, 1),
+    "three_keys_full_writes": lambda k, v, g, beta: (k[:, np.arange(k.shape[1]) % min(3, k.shape[1])], None, 0, 1),
+    "keys_of_zeros": lambda k, v, g, beta: (0 * k, None, None, None),
+    "some_keys_of_zeros_full_writes": lambda k, v, g, beta: (k * (every(3, k) > 0)[..., None], None, 0, 1),
+    "big_values_full_writes": lambda k, v, g, beta: (None, 1e3 * v, 0, 1),
+}
+
+
+def adversarial_problem(name, T, **sizes):
+    """`problem` with what its case changes."""
+    q, *changeable, state = problem(T, **sizes)
+    arrays = [np.array(x) for x in changeable]
+    changes = zip(arrays, ADVERSARIAL[name](*arrays))
+    changed = (old if new is None else np.broadcast_to(new, old.shape).astype(np.float32) for old, new in changes)
+    return [q, *(mx.array(x) for x in changed), state]
