@@ -1,12 +1,14 @@
 """The operations of `qwen_mlx.kernels` in float64 NumPy, from inputs as they were rounded, and how far off a result is.
 
-Written from the formulas, loop by loop, sharing nothing with the package.
+Written from the formulas, loop by loop, sharing no arithmetic with the package.
 """
 
 from collections.abc import Iterable
 
 import mlx.core as mx
 import numpy as np
+
+from qwen_mlx.kernels.gated_delta_step import StepWeights
 
 # Largest error over largest reference value, by the dtype that a result was rounded to. The reference sees the rounded
 # inputs, so 16-bit inputs get no more than float32 ones.
@@ -81,18 +83,16 @@ def _delta_rule(
 
 def gated_delta_step(
     projected: tuple[mx.array, mx.array, mx.array, mx.array],
-    weights: dict[str, mx.array],
+    weights: StepWeights,
     conv_state: mx.array,
     state: mx.array,
-    *,
-    eps: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """y [B, 1, Hv Dv], the last columns and the new state; `weights`: taps, A_log, dt_bias, gain."""
+    """y [B, 1, Hv Dv], the last columns and the new state."""
     z, a, b = (float64(x) for x in projected[1:])
     B, Hv, Dv, Dk = state.shape
     key_heads = (conv_state.shape[-1] - Hv * Dv) // (2 * Dk)
-    q, k, v, columns = causal_conv1d(projected[0], weights["taps"], conv_state, key_heads=key_heads, key_dim=Dk)
-    g = -np.exp(float64(weights["A_log"])) * np.logaddexp(0, a + float64(weights["dt_bias"]))
+    q, k, v, columns = causal_conv1d(projected[0], weights.taps, conv_state, key_heads=key_heads, key_dim=Dk)
+    g = -np.exp(float64(weights.A_log)) * np.logaddexp(0, a + float64(weights.dt_bias))
     o, after, _ = _delta_rule(q, k, v.reshape(B, 1, Hv, Dv), g, 1 / (1 + np.exp(-b)), float64(state))
-    normed = o / np.sqrt((o**2).mean(-1, keepdims=True) + eps) * float64(weights["gain"])
+    normed = o / np.sqrt((o**2).mean(-1, keepdims=True) + weights.eps) * float64(weights.gain)
     return normed.reshape(z.shape) * silu(z), columns, after

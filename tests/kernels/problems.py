@@ -1,7 +1,31 @@
-"""Inputs of the gated delta rule: those of a mixer, and those that break a careless form of it."""
+"""Inputs of the kernels: those of a mixer, and those that break a careless form of the delta rule."""
 
 import mlx.core as mx
 import numpy as np
+
+from qwen_mlx.kernels.gated_delta_step import StepWeights
+
+
+def conv_problem(T, *, B=2, values=24, K=4, dtype=mx.float32, key_heads=2, key_dim=32):
+    """x, taps, conv_state."""
+    rng = np.random.default_rng(T)
+    Cn = 2 * key_heads * key_dim + values
+    shapes = (B, T, Cn), (Cn, K), (B, K - 1, Cn)
+    return [mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype) for shape in shapes]
+
+
+def step_problem(*, B=2, Hk=2, group=2, Dk=32, Dv=24, K=4, dtype=mx.float32):
+    """(projected, weights, conv_state, state) of one layer."""
+    rng = np.random.default_rng(0)
+    Hv = Hk * group
+    Cn = 2 * Hk * Dk + Hv * Dv
+
+    def normal(*shape):
+        return mx.array(rng.standard_normal(shape).astype(np.float32))
+
+    projected = tuple(normal(B, 1, n).astype(dtype) for n in (Cn, Hv * Dv, Hv, Hv))
+    weights = StepWeights(normal(Cn, K).astype(dtype), normal(Hv), normal(Hv), 1 + 0.2 * normal(Dv), 1e-6)
+    return projected, weights, normal(B, K - 1, Cn).astype(dtype), 0.3 * normal(B, Hv, Dv, Dk)
 
 
 def problem(T, *, B=2, Hk=2, group=2, Dk=32, Dv=64, dtype=mx.float32, seed=0):

@@ -9,6 +9,7 @@ import pytest
 from qwen_mlx.kernels.activations import silu
 from qwen_mlx.kernels.causal_conv1d import causal_conv1d, l2_norm, naive_causal_conv1d
 from tests import reference
+from tests.kernels.problems import conv_problem as problem
 from tests.reference import DTYPES, error, float64, within_tolerance
 
 HEADS = {"key_heads": 2, "key_dim": 32}
@@ -23,13 +24,6 @@ LENGTHS = [
     pytest.param(9, id="one_above_a_block"),
     pytest.param(65, id="longer"),
 ]
-
-
-def problem(T, *, B=2, values=24, K=4, dtype=mx.float32, key_heads=2, key_dim=32):
-    rng = np.random.default_rng(T)
-    Cn = 2 * key_heads * key_dim + values
-    shapes = (B, T, Cn), (Cn, K), (B, K - 1, Cn)
-    return [mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype) for shape in shapes]
 
 
 @FORMS

@@ -1,36 +1,17 @@
 """One decoded token in one launch against float64, and against the separate operations that prefill takes."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from qwen_mlx.kernels.causal_conv1d import causal_conv1d
 from qwen_mlx.kernels.gated_delta import gated_delta_rule
-from qwen_mlx.kernels.gated_delta_step import StepWeights, gated_delta_step, naive_gated_delta_step, step_is_fused
+from qwen_mlx.kernels.gated_delta_step import gated_delta_step, naive_gated_delta_step, step_is_fused
 from tests import reference
+from tests.kernels.problems import step_problem as problem
 from tests.reference import DTYPES, error, within_tolerance
-
-EPS = 1e-6
-
-
-def problem(*, B=2, Hk=2, group=2, Dk=32, Dv=24, K=4, dtype=mx.float32, scale=1.0):
-    """(projected, weights, conv_state, state) of one layer."""
-    rng = np.random.default_rng(0)
-    Hv = Hk * group
-    Cn = 2 * Hk * Dk + Hv * Dv
-
-    def normal(*shape):
-        return mx.array(rng.standard_normal(shape).astype(np.float32))
-
-    projected = tuple(normal(B, 1, n).astype(dtype) for n in (Cn, Hv * Dv, Hv, Hv))
-    weights = StepWeights(normal(Cn, K).astype(dtype), normal(Hv), normal(Hv), 1 + 0.2 * normal(Dv), EPS)
-    return projected, weights, (scale * normal(B, K - 1, Cn)).astype(dtype), 0.3 * scale * normal(B, Hv, Dv, Dk)
-
-
-def expected(projected, weights, conv_state, state):
-    arrays = {name: getattr(weights, name) for name in ("taps", "A_log", "dt_bias", "gain")}
-    return reference.gated_delta_step(projected, arrays, conv_state, state, eps=weights.eps)
-
 
 SIZES = pytest.mark.parametrize(
     "sizes",
@@ -52,13 +33,13 @@ SIZES = pytest.mark.parametrize(
 @pytest.mark.usefixtures("metal")
 def test_every_size(sizes):
     inputs = problem(**sizes)
-    assert within_tolerance(gated_delta_step(*inputs), expected(*inputs))
+    assert within_tolerance(gated_delta_step(*inputs), reference.gated_delta_step(*inputs))
 
 
 @SIZES
 def test_naive_every_size(sizes):
     inputs = problem(**sizes)
-    assert within_tolerance(naive_gated_delta_step(*inputs), expected(*inputs))
+    assert within_tolerance(naive_gated_delta_step(*inputs), reference.gated_delta_step(*inputs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,7 +48,7 @@ def test_every_dtype(dtype):
     inputs = problem(dtype=dtype)
     y, conv_state, state = gated_delta_step(*inputs)
     assert (y.dtype, conv_state.dtype, state.dtype) == (dtype, dtype, mx.float32)
-    assert within_tolerance((y, conv_state, state), expected(*inputs))
+    assert within_tolerance((y, conv_state, state), reference.gated_delta_step(*inputs))
 
 
 @pytest.mark.parametrize("part", ["a", "b", "z"])
@@ -79,7 +60,7 @@ def test_gates_shut_and_wide_open(part, value):
     changed = {"a": 2, "b": 3, "z": 1}[part]
     projected = tuple(x * 0 + value if i == changed else x for i, x in enumerate(projected))
     y, conv_state, state = gated_delta_step(projected, *rest)
-    wanted = expected(projected, *rest)
+    wanted = reference.gated_delta_step(projected, *rest)
     assert within_tolerance((conv_state, state), wanted[1:])
     # With z far below zero y is next to nothing, and its error counts against the gate at one.
     assert np.abs(reference.float64(y) - wanted[0]).max() < 5e-6 * max(np.abs(wanted[0]).max(), 1)
@@ -89,7 +70,7 @@ def test_gates_shut_and_wide_open(part, value):
 def test_first_token_of_a_sequence():
     projected, weights, conv_state, state = problem()
     inputs = projected, weights, mx.zeros_like(conv_state), mx.zeros_like(state)
-    assert within_tolerance(gated_delta_step(*inputs), expected(*inputs))
+    assert within_tolerance(gated_delta_step(*inputs), reference.gated_delta_step(*inputs))
 
 
 @pytest.mark.usefixtures("metal")
@@ -97,7 +78,7 @@ def test_keys_of_zeros():
     """Their norm is that of epsilon alone; the state decays, and nothing is written."""
     (qkv, *others), weights, conv_state, state = problem()
     inputs = (mx.zeros_like(qkv), *others), weights, mx.zeros_like(conv_state), state
-    results, wanted = gated_delta_step(*inputs), expected(*inputs)
+    results, wanted = gated_delta_step(*inputs), reference.gated_delta_step(*inputs)
     assert error(results[2:], wanted[2:]) < reference.TOLERANCE[mx.float32]
     assert np.array_equal(reference.float64(results[0]), wanted[0])
 
@@ -107,10 +88,8 @@ def test_state_is_bit_for_bit_that_of_convolution_and_scan():
     """Where both begin with the same g and beta, decoding a token and verifying it cannot part ways."""
     (qkv, z, a, b), weights, conv_state, state = problem()
     # A decay of one and a strength of one half have the same bits whichever way they are computed.
-    projected, weights = (
-        (qkv, z, a * 0 - 200, b * 0),
-        StepWeights(weights.taps, *(0 * x for x in (weights.A_log, weights.dt_bias)), weights.gain, EPS),
-    )
+    projected = qkv, z, mx.full(a.shape, -200.0), mx.zeros(b.shape)
+    weights = replace(weights, A_log=mx.zeros((4,)), dt_bias=mx.zeros((4,)))
     _, _, stepped = gated_delta_step(projected, weights, conv_state, state)
     q, k, v, _ = causal_conv1d(qkv, weights.taps, conv_state, key_heads=2, key_dim=32)
     g, beta = mx.zeros((2, 1, 4)), mx.full((2, 1, 4), 0.5)
@@ -125,7 +104,7 @@ def test_hundred_tokens_in_a_row_stay_with_float64():
     for seed in range(100):
         token = tuple(mx.random.normal(x.shape, key=mx.random.key(4 * seed + i)) for i, x in enumerate(projected))
         y, *ours = gated_delta_step(token, weights, *ours)
-        wanted, *after = expected(token, weights, *exact)
+        wanted, *after = reference.gated_delta_step(token, weights, *exact)
         exact = [mx.array(x.astype(np.float32)) for x in after]
     assert within_tolerance((y, *ours), (wanted, *after))
 
