@@ -29,8 +29,12 @@
 //     q, k, v, g, beta, o a token       32.1 KiB (q, k, v in float32)      48.2 KiB
 //     K and Q from the caches           32 KiB a token: an eighth of       64 KiB
 //                                       what `gated_delta_scan` reads
-//     8 x 8 products a SIMD-group       128 for 16 tokens, and 16 or none for the shared ones: 9 a token, where the scan
-//                                       needs as many multiplications as 6 products, 4 shuffles, and a wait for each token
+//     8 x 8 products a SIMD-group       112 for 16 tokens, and 16 or none of the shared ones: 8 a token, where the scan
+//                                       has as many multiplications as 6 products, 4 shuffles, and a wait for each token
+// A chunk costs as much for one token as for sixteen, so the scan serves up to sixteen.
+//
+// The loops over matrices are unrolled by order: rolled, their index would be a variable, and the matrices would lie in
+// memory instead of registers.
 
 constexpr int C = 16;
 constexpr int PITCH = Dk + 4;  // rows begin four banks apart, so that a column of a tile does not wait on one bank
@@ -68,6 +72,7 @@ auto o_c = o + (batch * T * Hv + head) * Dv + first_row;
 
 const size_t state_rows = (size_t(thread_position_in_grid.z) * Dv + first_row) * Dk;
 simdgroup_float8x8 S[TILES];  // S[j]: elements 8 j to 8 j + 7 of the rows, transposed
+#pragma clang loop unroll(full)
 for (int j = 0; j < TILES; ++j) {
   simdgroup_load(S[j], state + state_rows + 8 * j, Dk, ulong2(0, 0), true);
 }
@@ -99,6 +104,7 @@ for (int start = 0; start < T; start += C) {
     threadgroup const float* left = (job < 3 ? K : Q) + tile_row * PITCH;
     simdgroup_float8x8 a, b;
     simdgroup_float8x8 sum = make_filled_simdgroup_matrix<float, 8>(0.0f);
+    #pragma clang loop unroll(full)
     for (int j = 0; j < TILES; ++j) {
       simdgroup_load(a, left + 8 * j, PITCH);
       simdgroup_load(b, K + tile_column * PITCH + 8 * j, PITCH, ulong2(0, 0), true);
@@ -110,6 +116,7 @@ for (int start = 0; start < T; start += C) {
 
   // (I + A)^-1: its two tiles on the diagonal, and the one below them.
   simdgroup_float8x8 inverse[2], corner, product, L;
+  #pragma clang loop unroll(full)
   for (int r = 0; r < 2; ++r) {
     const int at = (8 * r + m) * C + 8 * r + n;
     const float A0 = n < m ? betas[8 * r + m] * KK[at] * decay[at] : 0.0f;
@@ -131,10 +138,12 @@ for (int start = 0; start < T; start += C) {
   simdgroup_multiply(corner, product, inverse[0]);
 
   simdgroup_float8x8 U[2], O[2];
+  #pragma clang loop unroll(full)
   for (int r = 0; r < 2; ++r) {
     simdgroup_float8x8 tile;
     simdgroup_float8x8 recalled = make_filled_simdgroup_matrix<float, 8>(0.0f);
     O[r] = make_filled_simdgroup_matrix<float, 8>(0.0f);
+    #pragma clang loop unroll(full)
     for (int j = 0; j < TILES; ++j) {
       simdgroup_load(tile, K + 8 * r * PITCH + 8 * j, PITCH);
       simdgroup_multiply_accumulate(recalled, tile, S[j], recalled);
@@ -154,7 +163,9 @@ for (int start = 0; start < T; start += C) {
   simdgroup_multiply(product, inverse[0], U[0]);
   U[0] = product;
 
+  #pragma clang loop unroll(full)
   for (int r = 0; r < 2; ++r) {
+    #pragma clang loop unroll(full)
     for (int c = 0; c <= r; ++c) {
       simdgroup_float8x8 scores;
       const int t = 8 * r + m, s = 8 * c + n;
@@ -169,16 +180,19 @@ for (int start = 0; start < T; start += C) {
     }
   }
 
+  #pragma clang loop unroll(full)
   for (int r = 0; r < 2; ++r) {
     const float to_end = decay[(C - 1) * C + 8 * r + m];
     U[r].thread_elements()[0] *= to_end;
     U[r].thread_elements()[1] *= to_end;
   }
   const float whole = alphas[0] * decay[(C - 1) * C];
+  #pragma clang loop unroll(full)
   for (int j = 0; j < TILES; ++j) {
     S[j].thread_elements()[0] *= whole;
     S[j].thread_elements()[1] *= whole;
-    for (int r = 0; r < 2; ++r) {
+  #pragma clang loop unroll(full)
+  for (int r = 0; r < 2; ++r) {
       simdgroup_float8x8 tile;
       simdgroup_load(tile, K + 8 * r * PITCH + 8 * j, PITCH, ulong2(0, 0), true);
       simdgroup_multiply_accumulate(S[j], tile, U[r], S[j]);
@@ -193,6 +207,7 @@ for (int start = 0; start < T; start += C) {
   o_c += C * Hv * Dv;
 }
 
+#pragma clang loop unroll(full)
 for (int j = 0; j < TILES; ++j) {
   simdgroup_store(S[j], state_out + state_rows + 8 * j, Dk, ulong2(0, 0), true);
 }
