@@ -24,6 +24,7 @@
 //     SIMD-groups, T = 2048             12,288                             16,384
 //     x read, q, k, v written a token   12 KiB and 24 KiB (x in 16 bits)   16 KiB and 32 KiB
 //     x from the caches                 11/8 of its size at TOKENS = 8, 4 times its size at one token a SIMD-group
+//     taps from the caches a token      6 KiB at TOKENS = 8                8 KiB
 
 constexpr int CHANNELS = Dk / 32;  // of a lane
 
@@ -64,8 +65,8 @@ for (int t = start; t < stop; ++t) {
       window[i][j] = window[i][j + 1];
     }
     window[i][K - 1] = channel < Cn ? float(columns[size_t(t) * Cn + channel]) : 0.0f;
-    float sum = taps[i][0] * window[i][0];
-    for (int j = 1; j < K; ++j) {
+    float sum = 0.0f;
+    for (int j = 0; j < K; ++j) {
       sum = metal::fma(taps[i][j], window[i][j], sum);
     }
     y[i] = sum / (1.0f + metal::exp(-sum));

@@ -119,10 +119,10 @@ for (int start = 0; start < T; start += C) {
   #pragma clang loop unroll(full)
   for (int r = 0; r < 2; ++r) {
     const int at = (8 * r + m) * C + 8 * r + n;
-    const float A0 = n < m ? betas[8 * r + m] * KK[at] * decay[at] : 0.0f;
-    const float A1 = n + 1 < m ? betas[8 * r + m] * KK[at + 1] * decay[at + 1] : 0.0f;
-    inverse[r].thread_elements()[0] = m == n ? 1.0f : m / 2 == n / 2 ? -A0 : 0.0f;
-    inverse[r].thread_elements()[1] = m == n + 1 ? 1.0f : m / 2 == n / 2 ? -A1 : 0.0f;
+    const float A0 = betas[8 * r + m] * KK[at] * decay[at];  // of A only what is read, which lies below its diagonal
+    const float A1 = betas[8 * r + m] * KK[at + 1] * decay[at + 1];
+    inverse[r].thread_elements()[0] = m == n ? 1.0f : m == n + 1 ? -A0 : 0.0f;
+    inverse[r].thread_elements()[1] = m == n + 1 ? 1.0f : 0.0f;
     for (int size = 2; size < 8; size *= 2) {
       const bool merged = m / (2 * size) == n / (2 * size) && m / size > n / size;
       L.thread_elements()[0] = merged ? -A0 : 0.0f;

@@ -18,6 +18,7 @@
 //     SIMD-groups (of 8 rows)           256: 26 a core of 10, 6 of 40      512: 51 a core of 10, 13 of 40
 //     S read and written, once          2.0 MiB                            4.0 MiB
 //     k, g, tape a token                16.1 KiB (k in float32)            24.1 KiB
+// Every SIMD-group reads k of its head anew from the caches: 128 KiB a token at 0.8B, if equal addresses are one access.
 // A copy of S kept for every token instead would be 1 or 2 MiB a token and layer.
 
 constexpr int LANES = 4;

@@ -23,8 +23,8 @@
 //     S read and written, once          2.0 MiB                            4.0 MiB
 //     q, k, v, g, beta, o a token       32.1 KiB (q, k, v in float32)      48.2 KiB
 //     tape a token                      8 KiB                              16 KiB
-// Every SIMD-group reads q and k of its head anew, 1 KiB a token, from the caches: 256 KiB a token at 0.8B. At T = 8 the
-// state is still nine tenths of the traffic to memory.
+// Every SIMD-group reads q and k of its head anew, 1 KiB a token, from the caches: 256 KiB a token at 0.8B, if equal
+// addresses of its eight rows are one access. At T = 8 the state is still nine tenths of the traffic to memory.
 
 constexpr int LANES = 4;
 constexpr int ROWS = 8;

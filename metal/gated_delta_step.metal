@@ -22,8 +22,8 @@
 //                                       0.8B: 16 key, 16 value heads       9B: 16 key, 32 value heads
 //     threadgroups                      16: 2 a core of 10, 16 of 40 busy  32: 3 a core of 10, 32 of 40 busy
 //     S read and written                2.0 MiB                            4.0 MiB
-//     all else                          0.15 MiB (16 bits)                 0.2 MiB
-//     floor at 120 and at 546 GB/s      19 us and 4.1 us                   37 us and 8.1 us
+//     all else                          0.14 MiB (16 bits)                 0.19 MiB
+//     floor at 120 and at 546 GB/s      19 us and 4.1 us                   37 us and 8.0 us
 // Rows split over more threadgroups would keep 40 cores busy at 16 heads, but could not see the whole of o, so that the
 // gated norm would be a second launch. A launch costs about 3 us there (620 of them make mlx-lm's 1.8 ms a token on an
 // M5 Max), the idle cores at most the difference of 16 cores' bandwidth to all: with 32 KiB a threadgroup under way and
@@ -58,7 +58,7 @@ for (int i = thread_index; i < 2 * Dk + Dv; i += 32 * simdgroups) {
     const float column = j < K - 1 ? float(conv_state[(batch * (K - 1) + j) * Cn + channel])
                                    : float(qkv[batch * Cn + channel]);
     const float tap = float(weight[channel * K + j]);
-    sum = j == 0 ? tap * column : metal::fma(tap, column, sum);
+    sum = metal::fma(tap, column, sum);
     if (j > 0 && stores) {
       conv_out[(batch * (K - 1) + j - 1) * Cn + channel] = static_cast<X>(column);
     }

@@ -6,7 +6,10 @@ import sys
 from qwen_mlx import __version__
 from qwen_mlx.cli import Parser, run
 
-VERBS = {"generate": "write a text with a Qwen3.5 model"}
+VERBS = {
+    "generate": "write a text with a Qwen3.5 model",
+    "bench": "measure what the package is made of",
+}
 
 
 def _usage() -> str:

@@ -13,7 +13,8 @@ from qwen_mlx.config import TextConfig, read_config
 from qwen_mlx.errors import CheckpointError
 from qwen_mlx.hub import resolve
 from qwen_mlx.kernels.backend import gpu_generation
-from qwen_mlx.kernels.self_check import Sizes, check_kernels
+from qwen_mlx.kernels.random_inputs import Sizes
+from qwen_mlx.kernels.self_check import check_kernels
 from qwen_mlx.model.qwen import Qwen
 from qwen_mlx.tokenizer import Tokenizer
 

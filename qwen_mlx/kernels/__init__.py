@@ -1,4 +1,4 @@
-"""Operations that have, or will have, a Metal kernel. Each: naive reference, plain MLX form, public function.
+"""Operations that have a Metal kernel. Each: naive reference, plain MLX form, launch, public function.
 
 The letters used in every shape comment of the package:
 

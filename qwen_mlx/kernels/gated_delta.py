@@ -15,8 +15,8 @@ from qwen_mlx.kernels.gated_delta_scan import (
     recurrent_gated_delta_scan,
 )
 
-# Most tokens that the scan kernel takes before the chunked one: those of one chunk, by the arithmetic in their texts, as
-# nobody has timed either. `python -m qwen_mlx.bench kernels` does, on a Mac.
+# Most tokens that the scan kernel takes before the chunked one: those of one chunk, by the arithmetic in their texts,
+# as nobody has timed either. `python -m qwen_mlx.bench kernels` does, on a Mac.
 SCAN_TOKENS = 16
 
 

@@ -5,7 +5,6 @@ They were proved on an emulator, which knows neither this GPU nor its compiler. 
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
@@ -17,29 +16,14 @@ from qwen_mlx.kernels.gated_delta_arguments import kernels_fit
 from qwen_mlx.kernels.gated_delta_chunk import CHUNK, metal_gated_delta_chunk
 from qwen_mlx.kernels.gated_delta_replay import REPLAY, metal_gated_delta_replay
 from qwen_mlx.kernels.gated_delta_scan import SCAN, SCAN_WITH_TAPE, metal_gated_delta_scan, naive_gated_delta_scan
-from qwen_mlx.kernels.gated_delta_step import STEP, StepWeights, gated_delta_step, naive_gated_delta_step
+from qwen_mlx.kernels.gated_delta_step import STEP, gated_delta_step, naive_gated_delta_step
+from qwen_mlx.kernels.random_inputs import Sizes, random_columns, random_state, random_step, random_tokens
 
 # Far above what the order of a sum moves (some 1e-6 in float32, 2^-8 where bfloat16 rounds), far below any mistake.
 TOLERANCE = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 2e-2}
 
 Pair = tuple[Sequence[mx.array], Sequence[mx.array]]
 """What a kernel gave, and what its naive reference gave."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a model's Gated DeltaNet layers: heads, their sizes, convolution taps, and the dtype of activations."""
-
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    taps: int
-    dtype: mx.Dtype
-
-    @property
-    def channels(self) -> int:
-        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
 Check = Callable[[Sizes], Pair]
@@ -51,7 +35,7 @@ def check_kernels(sizes: Sizes) -> None:
 
     Without Metal, or where no kernel is written for `sizes`, there is nothing to check.
     """
-    if not kernels_fit(_state(sizes), sizes.key_heads):
+    if not kernels_fit(random_state(sizes), sizes.key_heads):
         return
     wrong = [kernel.label for kernel, run in CHECKS.items() if kernel.usable and not _agrees(run, sizes)]
     if wrong:
@@ -77,67 +61,36 @@ def _close(result: mx.array, expected: mx.array) -> bool:
     return bool((error <= TOLERANCE[result.dtype] * size).item())
 
 
-def _normal(key: int, *shape: int) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(key))
-
-
-def _state(sizes: Sizes) -> mx.array:
-    return 0.3 * _normal(0, 1, sizes.value_heads, sizes.value_dim, sizes.key_dim)
-
-
-def _problem(sizes: Sizes, T: int) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array, mx.array]:
-    """q, k, v, g, beta of T tokens, and the state before them."""
-    q, k = (_normal(i, 1, T, sizes.key_heads, sizes.key_dim) * sizes.key_dim**-0.5 for i in (1, 2))
-    v = _normal(3, 1, T, sizes.value_heads, sizes.value_dim)
-    decay, beta = (mx.random.uniform(shape=v.shape[:3], key=mx.random.key(i)) for i in (4, 5))
-    return q, k, v, -decay, beta, _state(sizes)
-
-
-def _columns(sizes: Sizes, T: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Projected channels, taps and kept columns."""
-    x, taps = _normal(1, 1, T, sizes.channels), _normal(2, sizes.channels, sizes.taps)
-    kept = _normal(3, 1, sizes.taps - 1, sizes.channels)
-    return x.astype(sizes.dtype), taps.astype(sizes.dtype), kept.astype(sizes.dtype)
-
-
 def _check_conv(sizes: Sizes) -> Pair:
-    inputs = _columns(sizes, 2)
+    inputs = random_columns(sizes, 2)
     naive = naive_causal_conv1d(*inputs, key_heads=sizes.key_heads, key_dim=sizes.key_dim)
     return metal_causal_conv1d(*inputs, sizes.key_heads, sizes.key_dim, None), naive
 
 
 def _check_step(sizes: Sizes) -> Pair:
-    qkv, taps, conv_state = _columns(sizes, 1)
-    z = _normal(4, 1, 1, sizes.value_heads * sizes.value_dim).astype(sizes.dtype)
-    a, b = (_normal(i, 1, 1, sizes.value_heads).astype(sizes.dtype) for i in (5, 6))
-    A_log, dt_bias = (_normal(i, sizes.value_heads) for i in (7, 8))
-    weights = StepWeights(taps, A_log, dt_bias, 1 + 0.1 * _normal(9, sizes.value_dim), 1e-6)
-    projected, state = (qkv, z, a, b), _state(sizes)
-    return (
-        gated_delta_step(projected, weights, conv_state, state),
-        naive_gated_delta_step(projected, weights, conv_state, state),
-    )
+    inputs = random_step(sizes)
+    return gated_delta_step(*inputs), naive_gated_delta_step(*inputs)
 
 
 def _check_scan(sizes: Sizes) -> Pair:
-    inputs = _problem(sizes, 2)
+    inputs = random_tokens(sizes, 2)
     return metal_gated_delta_scan(*inputs, kernel=SCAN), naive_gated_delta_rule(*inputs)
 
 
 def _check_scan_with_tape(sizes: Sizes) -> Pair:
-    inputs = _problem(sizes, 2)
+    inputs = random_tokens(sizes, 2)
     o, state, tape = naive_gated_delta_scan(*inputs)
     return metal_gated_delta_scan(*inputs, kernel=SCAN_WITH_TAPE), (o, state, tape.delta)
 
 
 def _check_replay(sizes: Sizes) -> Pair:
-    inputs = _problem(sizes, 2)
+    inputs = random_tokens(sizes, 2)
     _, state, tape = naive_gated_delta_scan(*inputs)
     return [metal_gated_delta_replay(inputs[-1], tape, 2)], [state]
 
 
 def _check_chunk(sizes: Sizes) -> Pair:
-    inputs = _problem(sizes, SCAN_TOKENS + 1)  # a whole chunk and a ragged one
+    inputs = random_tokens(sizes, SCAN_TOKENS + 1)  # a whole chunk and a ragged one
     return metal_gated_delta_chunk(*inputs), naive_gated_delta_rule(*inputs)
 
 

@@ -18,6 +18,7 @@ SIZES = pytest.mark.parametrize(
     [
         pytest.param({"B": 1, "Hk": 1, "group": 1, "Dv": 8}, id="one_simdgroup_small_inputs_in_constant_memory"),
         pytest.param({"Dk": 64, "Dv": 72}, id="nine_blocks_of_rows_on_eight_simdgroups"),
+        pytest.param({"B": 1, "Hk": 1, "Dv": 264}, id="more_values_than_threads"),
         pytest.param({"Dk": 96, "Dv": 40, "group": 3}, id="key_size_96_three_values_a_key"),
         pytest.param({"B": 3, "Dk": 128, "Dv": 16, "group": 4}, id="narrow_values_four_a_key"),
         pytest.param({"B": 1, "Hk": 1, "Dk": 128, "Dv": 128}, id="sizes_of_every_release"),

@@ -7,7 +7,8 @@ import pytest
 
 from qwen_mlx.kernels import backend, self_check
 from qwen_mlx.kernels.gated_delta import gated_delta_rule
-from qwen_mlx.kernels.self_check import CHECKS, Sizes, check_kernels
+from qwen_mlx.kernels.random_inputs import Sizes
+from qwen_mlx.kernels.self_check import CHECKS, check_kernels
 from tests import reference
 from tests.kernels.problems import problem
 from tests.metal_emulator import recording
