@@ -24,7 +24,6 @@ NUMPY_TYPES = {
     mx.int64: np.int64,
     mx.float16: np.float16,
     mx.float32: np.float32,
-    mx.float64: np.float64,
     mx.bfloat16: np.uint16,
     mx.complex64: np.complex64,
 }
@@ -114,19 +113,16 @@ def strided_input_buffer(name: str, array: mx.array) -> tuple[Buffer, list[int]]
     if values.size == 0 or values.ndim == 0:
         return Buffer(name, _bytes(values)), strides
     reach = [(size - 1) * stride for size, stride in zip(values.shape, strides)]
+    # Where element (0, ..., 0) lies: negative strides lead from there towards the beginning.
     first = -sum(min(step, 0) for step in reach)
-    elements = first + sum(max(step, 0) for step in reach) + 1
-    memory = np.full((elements, values.itemsize), POISON, np.uint8)
+    last = first + sum(max(step, 0) for step in reach)
+    places = np.full(values.shape, first)
+    for axis, stride in enumerate(strides):
+        places += stride * np.arange(values.shape[axis]).reshape((-1,) + (1,) * (values.ndim - axis - 1))
+    memory = np.full((last + 1, values.itemsize), POISON, np.uint8)
     gaps = np.ones_like(memory)
-    element = values.dtype.newbyteorder("=")
-    view = memory.view(element).reshape(-1)
-    byte_strides = [stride * values.itemsize for stride in strides]
-    np.lib.stride_tricks.as_strided(view[first:], values.shape, byte_strides)[...] = values
-    flags = gaps.reshape(elements, -1)
-    index = np.zeros(values.shape, np.int64) + first
-    for axis, (size, stride) in enumerate(zip(values.shape, strides)):
-        index += (np.arange(size) * stride).reshape([-1 if other == axis else 1 for other in range(values.ndim)])
-    flags[index.reshape(-1)] = 0
+    memory[places] = values[..., None].view(np.uint8)
+    gaps[places] = 0
     return Buffer(name, memory.reshape(-1), offset=first * values.itemsize, gaps=gaps.reshape(-1)), strides
 
 

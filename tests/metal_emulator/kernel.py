@@ -5,8 +5,8 @@ an output is evaluated, so a kernel inside mx.compile or a transformation cannot
 kernel object, which does so before it notices that there is no Metal.
 """
 
+import re
 from collections.abc import Sequence
-from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +15,7 @@ from tests.metal_emulator import buffers
 from tests.metal_emulator.buffers import Buffer
 from tests.metal_emulator.build import build_kernel
 from tests.metal_emulator.findings import Finding, MetalCompileError
-from tests.metal_emulator.launch import check_dispatch, launch
+from tests.metal_emulator.launch import launch
 from tests.metal_emulator.options import current
 from tests.metal_emulator.signature import Signature, TemplateArguments, generate
 from tests.metal_emulator.translation import translate
@@ -24,13 +24,12 @@ from tests.metal_emulator.translation import translate
 _mlx_metal_kernel = mx.fast.metal_kernel
 
 
-@cache
-def _static_findings(text: str) -> tuple[str, ...]:
-    try:
-        from tests.metal_emulator import static_check
-    except ImportError:
-        return ()
-    return tuple(static_check.check(text))
+def _static_findings(text: str) -> list[Finding]:
+    # Here, so that only who checks statically needs libclang.
+    from tests.metal_emulator import static_check
+
+    found = [re.fullmatch(r"(?:line (\d+): )?(.*)", line, re.DOTALL) for line in static_check.check(text)]
+    return [Finding("static check", match[2], line=int(match[1]) if match[1] else None) for match in found]
 
 
 class MetalKernel:
@@ -69,7 +68,7 @@ class MetalKernel:
         if device is not None and device == mx.cpu:
             raise ValueError("[metal_kernel] Only supports the GPU.")
         try:
-            self._mlx_kernel(*args, **{**keywords, "verbose": False})
+            self._mlx_kernel(*args, **keywords)
         except RuntimeError as error:
             if str(error) != "[metal_kernel] No Metal back-end.":
                 raise
@@ -89,6 +88,8 @@ class MetalKernel:
     ) -> list[mx.array]:
         options = current()
         arrays = [value if isinstance(value, mx.array) else mx.array(value) for value in inputs]
+        if mx.float64 in [*output_dtypes, *(array.dtype for array in arrays)]:
+            raise ValueError("float64 is not supported on the GPU")
         signature = generate(
             self.name,
             self._input_names,
@@ -102,10 +103,9 @@ class MetalKernel:
         )
         if verbose:
             print(f"Generated source code for `{self.name}`:\n```\n{signature.text}\n```")
-        if options.static_check and (lines := _static_findings(signature.text)):
-            raise MetalCompileError(self.name, [Finding("static check", line) for line in lines])
+        if options.static_check and (findings := _static_findings(signature.text)):
+            raise MetalCompileError(self.name, findings, signature.text)
         library, compile_s = build_kernel(self.name, translate(signature), signature.text, options)
-        check_dispatch(grid, threadgroup)
         outputs = [
             buffers.output_buffer(name, shape, dtype, init_value)
             for name, shape, dtype in zip(self._output_names, output_shapes, output_dtypes)

@@ -7,6 +7,7 @@ of arrays or of how the text came about. The structures mirror runtime/abi.h.
 import ctypes
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from tests.metal_emulator import build
@@ -18,6 +19,16 @@ from tests.metal_emulator.translation import ENTRY_POINT
 
 MOST_THREADS = 1024
 MOST_BUFFERS = 31
+
+# Of the launch as a whole: named alike in mtl_launch and in Run.
+_FIGURES = (
+    "accesses",
+    "simd_operations",
+    "barriers",
+    "threadgroup_bytes",
+    "threadgroup_bytes_read",
+    "threadgroup_bytes_written",
+)
 
 _counter = ctypes.c_ulonglong
 
@@ -31,10 +42,7 @@ class _Buffer(ctypes.Structure):
         ("gaps", ctypes.c_void_p),
         ("role", ctypes.c_int),
         ("granule", ctypes.c_int),
-        ("bytes_read", _counter),
-        ("bytes_written", _counter),
-        ("distinct_bytes_read", _counter),
-        ("distinct_bytes_written", _counter),
+        *((field.name, _counter) for field in fields(Traffic)),
     ]
 
 
@@ -50,12 +58,7 @@ class _Launch(ctypes.Structure):
         ("checked", ctypes.c_int),
         ("reduce_order", ctypes.c_int),
         ("timeout_s", ctypes.c_double),
-        ("accesses", _counter),
-        ("simd_operations", _counter),
-        ("barriers", _counter),
-        ("threadgroup_bytes", _counter),
-        ("threadgroup_bytes_read", _counter),
-        ("threadgroup_bytes_written", _counter),
+        *((figure, _counter) for figure in _FIGURES),
         ("image_base", _counter),
     ]
 
@@ -109,7 +112,7 @@ def _collect_findings(count: int, library: Path, image_base: int) -> list[Findin
         findings.append(
             Finding(
                 kind=raw.kind.decode(),
-                message=raw.message.decode(),
+                message=raw.message.decode(errors="replace"),
                 line=line,
                 buffer=raw.buffer.decode() or None,
                 threadgroup=tuple(raw.threadgroup) if raw.has_thread else None,
@@ -119,18 +122,31 @@ def _collect_findings(count: int, library: Path, image_base: int) -> list[Findin
     return findings
 
 
-def _traffic(structures: Sequence[_Buffer], options: Options) -> dict[str, Traffic]:
-    if not options.check:
-        return {}
-    return {
-        structure.name.decode(): Traffic(
-            structure.bytes_read,
-            structure.bytes_written,
-            structure.distinct_bytes_read,
-            structure.distinct_bytes_written,
-        )
-        for structure in structures
-    }
+def _traffic(structures: Sequence[_Buffer]) -> dict[str, Traffic]:
+    figures = [field.name for field in fields(Traffic)]
+    return {s.name.decode(): Traffic(*(getattr(s, figure) for figure in figures)) for s in structures}
+
+
+def _request(
+    kernel: ctypes.CDLL,
+    structures: Sequence[_Buffer],
+    grid: Sequence[int],
+    threadgroup: Sequence[int],
+    options: Options,
+) -> _Launch:
+    return _Launch(
+        entry=ctypes.cast(getattr(kernel, ENTRY_POINT), ctypes.c_void_p),
+        buffers=structures,
+        buffer_count=len(structures),
+        grid=tuple(grid),
+        # As MLX: no threadgroup is larger than the grid.
+        threadgroup=tuple(map(min, threadgroup, grid)),
+        order=ORDERS.index(options.order),
+        seed=options.seed,
+        checked=options.check,
+        reduce_order=REDUCE_ORDERS.index(options.reduce_order),
+        timeout_s=options.timeout_s,
+    )
 
 
 def launch(
@@ -156,19 +172,7 @@ def launch(
     for variable, (kind, value) in (function_constants or {}).items():
         kind.in_dll(kernel, variable).value = value
     structures = (_Buffer * len(buffers))(*map(_structure, buffers))
-    request = _Launch(
-        entry=ctypes.cast(getattr(kernel, ENTRY_POINT), ctypes.c_void_p),
-        buffers=structures,
-        buffer_count=len(buffers),
-        grid=tuple(grid),
-        # As MLX: no threadgroup is larger than the grid.
-        threadgroup=tuple(map(min, threadgroup, grid)),
-        order=ORDERS.index(options.order),
-        seed=options.seed,
-        checked=options.check,
-        reduce_order=REDUCE_ORDERS.index(options.reduce_order),
-        timeout_s=options.timeout_s,
-    )
+    request = _request(kernel, structures, grid, threadgroup, options)
     started = time.perf_counter()
     count = build.runtime().mtl_run(ctypes.byref(request))
     run_s = time.perf_counter() - started
@@ -184,14 +188,9 @@ def launch(
         threadgroup=tuple(request.threadgroup),
         compile_s=compile_s,
         run_s=run_s,
-        accesses=request.accesses,
-        simd_operations=request.simd_operations,
-        barriers=request.barriers,
-        threadgroup_bytes=request.threadgroup_bytes,
-        threadgroup_bytes_read=request.threadgroup_bytes_read,
-        threadgroup_bytes_written=request.threadgroup_bytes_written,
         notes=tuple(findings),
-        traffic=_traffic(structures, options),
+        traffic=_traffic(structures) if options.check else {},
+        **{figure: getattr(request, figure) for figure in _FIGURES},
     )
     record(run)
     return run

@@ -30,13 +30,16 @@ def _inside_parentheses(tokens: list[str]) -> bool:
 
 def _split(tokens: list[str]) -> tuple[list[str], str]:
     """The declarators between top-level commas, and the text outside all brackets."""
-    declarators, outside, depth = [""], "", 0
+    declarators, outside, open_brackets = [""], "", ""
     for token in tokens:
-        depth -= token in _CLOSING
-        if depth == 0:
+        in_angles = not open_brackets.strip("<")  # elsewhere < and > compare
+        if token in _CLOSING and (token != ">" or (in_angles and open_brackets)):
+            open_brackets = open_brackets[:-1]
+        elif token in _OPENING and (token != "<" or in_angles):
+            open_brackets += token
+        elif not open_brackets:
             outside += token
-        depth += token in _OPENING
-        if token == "," and depth == 0:
+        if token == "," and not open_brackets:
             declarators.append("")
         else:
             declarators[-1] += token
@@ -45,9 +48,9 @@ def _split(tokens: list[str]) -> tuple[list[str], str]:
 
 def _references(tokens: list[str], first_id: int) -> list[str] | None:
     """C++ statements in place of `threadgroup` + tokens; None if it declares no variable."""
-    declarators, outside = _split([token for token in tokens if not _is_blank(token) or token.isspace()])
-    before_extents = "".join(tokens).split("[")[0]
-    if "*" in outside or "&" in outside or "(" in before_extents:
+    declarators, outside = _split([token for token in tokens if not token.startswith(("//", "/*"))])
+    # `threadgroup float* p`, `threadgroup float f(int)`, `threadgroup T a = b` are none, or none that MSL has.
+    if any(sign in outside for sign in "*&=") or "(" in declarators[0].split("[")[0]:
         return None
     first = _FIRST_DECLARATOR.match(declarators[0])
     if first is None or not first["type"]:
@@ -72,11 +75,7 @@ def rewrite_threadgroup_variables(text: str) -> str:
     while position < len(tokens):
         token = tokens[position]
         if token == "threadgroup" and previous in (";", "{", "}", ")", "else") and not _inside_parentheses(out):
-            end = position + 1
-            depth = 0
-            while end < len(tokens) and (tokens[end] != ";" or depth):
-                depth += (tokens[end] in _OPENING) - (tokens[end] in _CLOSING)
-                end += 1
+            end = tokens.index(";", position) if ";" in tokens[position:] else len(tokens)
             statements = _references(tokens[position + 1 : end], variables)
             if statements is not None:
                 replaced = "; ".join(statements)

@@ -22,7 +22,6 @@ TYPE_NAMES = {
     mx.int64: "int64_t",
     mx.float16: "float16_t",
     mx.float32: "float",
-    mx.float64: "double",
     mx.bfloat16: "bfloat16_t",
     mx.complex64: "complex64_t",
 }
@@ -116,6 +115,21 @@ def _input_parameters(name: str, array: mx.array, source: str) -> list[Parameter
     return parameters
 
 
+def _inputs(input_names: Sequence[str], inputs: Sequence[mx.array], source: str) -> tuple[list[Parameter], list[str]]:
+    """The buffers of the inputs and their lines in the signature."""
+    parameters: list[Parameter] = []
+    lines: list[str] = []
+    for input_name, array in zip(input_names, inputs):
+        space = "constant" if array.size < CONSTANT_BELOW else "device"
+        for parameter in _input_parameters(input_name, array, source):
+            location = space if parameter.role == "input" else "constant"
+            sign = "&" if parameter.is_reference else "*"
+            declared = f"const {location} {parameter.type_name}{sign} {parameter.name}"
+            lines.append(f"  {declared} [[buffer({len(parameters)})]],\n")
+            parameters.append(parameter)
+    return parameters, lines
+
+
 def generate(
     name: str,
     input_names: Sequence[str],
@@ -134,16 +148,7 @@ def generate(
     kernel_name = _kernel_name(name, values, inputs, output_dtypes)
     attributes = [attribute for attribute in ATTRIBUTES if attribute in source]
 
-    parameters: list[Parameter] = []
-    lines: list[str] = []
-    for input_name, array in zip(input_names, inputs):
-        space = "constant" if array.size < CONSTANT_BELOW else "device"
-        for parameter in _input_parameters(input_name, array, source):
-            location = space if parameter.role == "input" else "constant"
-            sign = "&" if parameter.is_reference else "*"
-            declared = f"const {location} {parameter.type_name}{sign} {parameter.name}"
-            lines.append(f"  {declared} [[buffer({len(parameters)})]],\n")
-            parameters.append(parameter)
+    parameters, lines = _inputs(input_names, inputs, source)
     for output_name, dtype in zip(output_names, output_dtypes):
         type_name = f"atomic<{TYPE_NAMES[dtype]}>" if atomic_outputs else TYPE_NAMES[dtype]
         # MLX compares the number of this buffer with the number of arrays, though shapes and strides are buffers too.

@@ -44,7 +44,7 @@ RULES = [
     (re.compile(r"\b__int128(?:_t)?\b"), "Metal has no 128-bit integers"),
     (re.compile(r"\b__builtin_\w+"), "a built-in of clang, not of Metal"),
     (re.compile(r"\bf?printf\b"), "Metal 3.1 prints nothing"),
-    (re.compile(r"#\s*include\s*[<\"](?!metal)"), "no file but Metal's own headers is there at run time"),
+    (re.compile(r"#\s*include\b(?!\s*<metal)"), "no file but Metal's own headers is there at run time"),
     (re.compile(r"\b(?:wchar_t|long\s+long)\b"), "not a type of Metal"),
 ]
 
@@ -56,13 +56,15 @@ def lint(text: str) -> list[str]:
     return [finding(code, match.end() - 1, f"'{match[0].strip()}': {reason}") for match, reason in matches]
 
 
-CALL = re.compile(r"(?<![\w.])([A-Za-z_]\w*)\s*(?:<[^<>;(){}]*>)?\s*\(")
-# A name before a parameter list and a body: a function, or something that unknown_names need not doubt.
+# Not after a dot or an arrow: a member is its type's own affair.
+CALL = re.compile(r"(?<![\w.])(?<!->)([A-Za-z_]\w*)\s*(?:<[^<>;(){}]*>)?\s*\(")
+# A name before a parameter list and a body, or an initializer list and a body.
 DEFINITION = re.compile(
     r"\b([A-Za-z_]\w*)\s*\((?:[^;{}()]|\([^;{}()]*\))*\)\s*(?:const\s*)?(?:thread\s*)?(?::[^;{}]*)?\{"
 )
 TYPE_NAME = re.compile(r"\b(?:typename|class|struct|using|define|typedef[^;]*?)\s+(\w+)")
-VARIABLE = re.compile(r"\b[\w>]+[\s*&]+(\w+)\s*\([^;{}()]*\)\s*;")
+# A name after a type, as in `half2 scale(x, y);`
+DECLARATION = re.compile(r"\b(?!(?:return|else|do|case)\b)[A-Za-z_][\w:]*(?:\s*<[^<>;(){}]*>)?\s+(\w+)\s*\(")
 
 KEYWORDS = set(
     """if for while switch return sizeof alignof alignas static_cast reinterpret_cast const_cast static_assert decltype
@@ -85,7 +87,7 @@ def names_in_mlx() -> frozenset[str]:
 def unknown_names(text: str) -> list[str]:
     """Functions called in the text that are neither defined in it nor called in any kernel of MLX's own."""
     code = only_code(text)
-    own = {name for pattern in (DEFINITION, TYPE_NAME, VARIABLE) for name in pattern.findall(code)}
+    own = {name for pattern in (DEFINITION, DECLARATION, TYPE_NAME) for name in pattern.findall(code)}
     known = KEYWORDS | TYPES | own | names_in_mlx()
     first = {match[1]: match.start() for match in reversed(list(CALL.finditer(code)))}
     what = "no kernel of MLX calls it, so nothing shows that every Mac has it"

@@ -8,7 +8,6 @@ nor launches, and has no linker: libclang parses in this process and writes no f
 import re
 from collections.abc import Iterator
 from functools import cache
-from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +19,9 @@ KERNEL_FILE = "kernel.metal"
 
 CLANG_FLAGS = (
     "-xc++",
+    # One target wherever this runs, with a 64-bit long and no header of the machine's own.
+    "--target=x86_64-linux-gnu",
+    "-nostdinc",
     "-std=c++17",
     "-fsyntax-only",
     "-ferror-limit=0",
@@ -54,7 +56,7 @@ VECTOR_CONSTRUCTION = re.compile(
 VECTOR_VARIABLE = re.compile(
     rf"""
     (?<=[;{{}}])(\s*(?:const\s+)?(?P<type>{VECTOR})\s+\w+)\s*
-    (?=\((?!\s*(?:const\s+)?[\w:]+\s+\w)                          # no parameter, so no function
+    (?=\((?!\s*(?:const\s+)?[\w:]+\s+\w)   # a value, not a parameter: no function
        (?:[^();]|\((?:[^();]|\([^();]*\))*\))+\)\s*;)
     """,
     re.VERBOSE,
@@ -64,13 +66,12 @@ VECTOR_VARIABLE = re.compile(
 THREADGROUP_VARIABLE = re.compile(
     r"""(?<=[;{}])(\s*(?:alignas\s*\([^()]*\)\s*)?)
         (?=threadgroup\s+
-           (?:volatile\s+)?
-           [\w:]+(?:\s*<[^;{}()]*>)?   # its type
+           (?:(?:volatile|typename)\s+)*
+           [\w:]+(?:\s*<[^;{}()]*>(?:::\w+)*)?   # its type
            \s+\w+\s*[\[;,]             # its name, and what cannot follow a pointer's
         )""",
     re.VERBOSE,
 )
-
 
 # An array parameter: to clang its address space would be that of the parameter itself.
 ARRAY_PARAMETER = re.compile(r"(\b(?:device|constant|threadgroup)\s+(?:const\s+)?[\w:]+)\s+(\w+)\s*\[\w*\](?=\s*[,)])")
@@ -98,8 +99,8 @@ def load_clang() -> ModuleType:
     return cindex
 
 
-@cache
-def clang_index() -> Any:
+def new_index() -> Any:
+    """A fresh one each time: one that outlived its module would complain when Python ends."""
     cindex = load_clang()
     try:
         return cindex.Index.create()
@@ -127,11 +128,12 @@ def clang_findings(text: str) -> list[str]:
     """
     source = as_cpp(text)
     flags = [*CLANG_FLAGS, f"-I{DECLARATIONS}", f"-I{mlx_include()}", "-include", str(DECLARATIONS / "metal_check.h")]
-    unit = clang_index().parse(KERNEL_FILE, args=flags, unsaved_files=[(KERNEL_FILE, source), *virtual_files()])
+    unit = new_index().parse(KERNEL_FILE, args=flags, unsaved_files=[(KERNEL_FILE, source), *virtual_files()])
     findings = [described for diagnostic in unit.diagnostics if (described := describe(diagnostic))]
     globals_ = [cursor for cursor in unit.cursor.get_children() if cursor.location.file.name == KERNEL_FILE]
     cursors = [cursor for outer in globals_ for cursor in outer.walk_preorder()]
-    findings += [*global_variables(globals_), *undeclared_spaces(cursors, source), *silent_bfloats(cursors)]
+    findings += [*global_variables(globals_), *stray_threadgroup_variables(globals_, text)]
+    findings += [*undeclared_spaces(cursors, source), *silent_bfloats(cursors)]
     return list(dict.fromkeys(findings))
 
 
@@ -172,11 +174,12 @@ def describe(diagnostic: Any) -> str | None:
     if not lines:
         place = f"{diagnostic.location.file}:{diagnostic.location.line}"
         raise RuntimeError(f"The declarations in {DECLARATIONS} do not fit: {place}: {diagnostic.spelling}")
-    reasons = [note.spelling for note in notes if note.spelling.startswith("candidate ")][:1]
+    reasons = [note.spelling for note in notes if re.match("candidate .*:", note.spelling)][:1]
     reasons += ["a bfloat wants a cast"] * narrowing
     message = "; ".join([diagnostic.spelling, *reasons])
     for clang_word, metal_word in METAL_WORDS.items():
         message = message.replace(clang_word, metal_word)
+    message = re.sub(r"'(\w+)' \(aka '\1'\)", r"'\1'", message)
     return f"line {lines[0]}: {message}"
 
 
@@ -186,6 +189,18 @@ def global_variables(cursors: list[Any]) -> Iterator[str]:
     for cursor in cursors:
         if cursor.kind == load_clang().CursorKind.VAR_DECL and address_space(cursor.type) != 2:
             yield f"line {cursor.location.line}: '{cursor.spelling}': {what}"
+
+
+KERNEL = re.compile(r"(?:\[\[\s*kernel\b[^\]]*\]\]|\bkernel)\s+void\s+(\w+)")
+
+
+def stray_threadgroup_variables(cursors: list[Any], text: str) -> Iterator[str]:
+    """Threadgroup memory that a function other than a kernel declares."""
+    kernels = set(KERNEL.findall(text))
+    inner = (below for cursor in cursors if cursor.spelling not in kernels for below in cursor.walk_preorder())
+    for cursor in inner:
+        if cursor.kind == load_clang().CursorKind.VAR_DECL and address_space(cursor.type) == 3:
+            yield f"line {cursor.location.line}: '{cursor.spelling}': only a kernel declares threadgroup memory"
 
 
 def undeclared_spaces(cursors: list[Any], source: str) -> Iterator[str]:
@@ -200,23 +215,30 @@ def undeclared_spaces(cursors: list[Any], source: str) -> Iterator[str]:
     for cursor in cursors:
         if cursor.kind not in typed:
             continue
-        pointer = cursor.result_type if cursor.kind in functions else cursor.type
-        pointee = pointer.get_canonical().get_pointee()
+        declared = (cursor.result_type if cursor.kind in functions else cursor.type).get_canonical()
+        pointee = declared.get_pointee()
         if not pointee.spelling or address_space(pointee):
             continue
-        end = {")", ">"} if cursor.kind in casts else {cursor.spelling}
-        if not {"thread", "auto"} & set(words_of_type(cursor, source, end)):
+        # A macro of the kernel's own declares it: there are no words to look at.
+        if cursor.kind not in casts and cursor.extent.start.offset == cursor.location.offset:
+            continue
+        # MLX's own kernels pass `const device T*& x`.
+        if declared.spelling.endswith("&") and pointee.get_pointee().spelling:
+            continue
+        if not {"thread", "auto"} & set(words_of_type(cursor, source, is_cast=cursor.kind in casts)):
             what = "pointer or reference without device, constant, threadgroup or thread"
             yield f"line {cursor.location.line}: '{cursor.spelling or cursor.type.spelling}': {what}"
 
 
-def words_of_type(cursor: Any, source: str, end: set[str]) -> list[str]:
-    """The words of a declaration or a cast up to one of `end`, after the word before it.
+def words_of_type(cursor: Any, source: str, *, is_cast: bool) -> list[str]:
+    """The words before the name that a cursor declares, or in the parentheses of a cast, and the one word before that.
 
     `thread` is an empty macro, with which no declaration begins in clang's eyes.
     """
-    before = re.findall(r"\w+\s*$|$", source[: cursor.extent.start.offset])[0].split()
-    return before + list(takewhile(lambda word: word not in end, (token.spelling for token in cursor.get_tokens())))
+    start = cursor.extent.start.offset
+    before = re.findall(r"\w+\s*$|$", source[:start])[0]
+    end = re.compile("[)>]|$").search(source, start).start() if is_cast else cursor.location.offset
+    return re.findall(r"\w+", f"{before} {source[start:end]}")
 
 
 def silent_bfloats(cursors: list[Any]) -> Iterator[str]:

@@ -29,7 +29,9 @@ typedef struct mtl_ids {
 typedef void (*mtl_entry_point)(void** args, const mtl_ids* ids);
 
 enum mtl_role { MTL_INPUT = 0, MTL_OUTPUT = 1, MTL_INITIALISED_OUTPUT = 2 };
+
 enum mtl_order { MTL_FORWARD = 0, MTL_REVERSE = 1, MTL_RANDOM = 2 };
+
 enum mtl_reduce_order { MTL_ASCENDING = 0, MTL_DESCENDING = 1, MTL_SEQUENTIAL = 2 };
 
 // Mirrored field by field in launch.py.
@@ -70,6 +72,7 @@ struct mtl_lane {
   void* out;
   int parameter, variant;
 };
+
 typedef void (*mtl_simd_function)(mtl_lane* lanes, unsigned active_lanes, int line);
 
 enum mtl_operation {
@@ -85,6 +88,7 @@ enum mtl_operation {
 };
 
 enum mtl_mem_flags { MTL_MEM_DEVICE = 1, MTL_MEM_THREADGROUP = 2 };
+
 enum mtl_atomic_access_kind { MTL_ATOMIC_LOAD = 1, MTL_ATOMIC_STORE = 2, MTL_ATOMIC_UPDATE = 3 };
 
 extern "C" {

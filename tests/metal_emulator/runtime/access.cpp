@@ -26,7 +26,7 @@ static void check_bounds(const Region& region, const Access& access) {
   }
 }
 
-// Metal needs the alignment of the element type; a vector's is at most four bytes stricter than what MLX relies on.
+// More than four bytes may be several elements that the compiler reads at once; of a vector, undefined.cpp hears.
 static void check_alignment(const Region& region, const Access& access) {
   constexpr unsigned widest = 16, strictest = 4;
   bool one_value = access.size <= widest && (access.size & (access.size - 1)) == 0;
@@ -100,16 +100,23 @@ HOOKS(2)
 HOOKS(4)
 HOOKS(8)
 HOOKS(16)
+
 MTL_EXPORT void __tsan_read_range(void* address, unsigned long size) {
   emulator::on_plain(address, size, false, __builtin_return_address(0));
 }
+
 MTL_EXPORT void __tsan_write_range(void* address, unsigned long size) {
   emulator::on_plain(address, size, true, __builtin_return_address(0));
 }
+
 MTL_EXPORT void __tsan_init() {}
+
 MTL_EXPORT void __tsan_func_entry(void*) {}
+
 MTL_EXPORT void __tsan_func_exit() {}
+
 MTL_EXPORT void __tsan_vptr_update(void**, void*) {}
+
 MTL_EXPORT void __tsan_vptr_read(void**) {}
 }
 

@@ -17,12 +17,14 @@ class FlushedDenormals {
  public:
 #if defined(__x86_64__)
   FlushedDenormals() : former_(_mm_getcsr()) { _mm_setcsr(static_cast<unsigned>(former_) | 0x8040); }
+
   ~FlushedDenormals() { _mm_setcsr(static_cast<unsigned>(former_)); }
 #else
   FlushedDenormals() {
     asm volatile("mrs %0, fpcr" : "=r"(former_));
     asm volatile("msr fpcr, %0" ::"r"(former_ | 1ull << 24));
   }
+
   ~FlushedDenormals() { asm volatile("msr fpcr, %0" ::"r"(former_)); }
 #endif
 

@@ -18,6 +18,7 @@ Region regions[slot_count];
 static uintptr_t arena = 0;
 
 static size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
 static void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 bool map_arena() {
@@ -118,7 +119,7 @@ void release_threadgroup_memory(mtl_launch& launch) {
   }
 }
 
-static void set_bits(std::vector<uint64_t>& words, size_t first, unsigned count) {
+static inline void set_bits(std::vector<uint64_t>& words, size_t first, unsigned count) {
   if (first % 64 + count <= 64) {
     words[first / 64] |= (count == 64 ? ~0ull : (1ull << count) - 1) << (first % 64);
     return;

@@ -17,7 +17,8 @@ constexpr unsigned char poison = 0xFF;  // a NaN in every float type
 
 // Who touched one element last. Threadgroup memory lives as long as its threadgroup: older marks count for nothing.
 struct Shadow {
-  enum : uint8_t { valid = 1, atomic = 2 };                                            // of the last write
+  enum : uint8_t { valid = 1, atomic = 2 };  // of the last write
+
   enum : uint8_t { other_threads = 2, other_simdgroups = 4, other_threadgroups = 8 };  // of the reads since
 
   uint32_t write_group = 0, write_epoch = 0, write_simd_epoch = 0;

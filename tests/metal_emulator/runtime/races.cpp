@@ -10,21 +10,22 @@ namespace emulator {
 constexpr unsigned widest_collision = 16;
 
 struct Collision {
-  uintptr_t address = 0;
+  uintptr_t address;
   unsigned size;
   unsigned char before[widest_collision];
   Kind kind;
   Place place;
   std::string buffer, message;
 };
+
 static Collision pending;
+bool collision_pending = false;
 
-void forget_collision() { pending.address = 0; }
+void forget_collision() { collision_pending = false; }
 
-void settle_collision() {
-  if (!pending.address) return;
+void settle_pending_collision() {
+  collision_pending = false;
   bool same = memcmp(reinterpret_cast<void*>(pending.address), pending.before, pending.size) == 0;
-  pending.address = 0;
   report(same ? Kind::redundant_write : pending.kind, pending.place, pending.buffer.c_str(), "%s (%s)",
          pending.message.c_str(), same ? "same value: benign" : "different values");
 }
@@ -38,9 +39,13 @@ struct Meeting {
   size_t byte;
 
   bool same_group(uint32_t other) const { return other == group.number; }
+
   bool same_simdgroup(uint16_t thread) const { return thread / simd_width == fiber.simdgroup; }
+
   const char* name() const { return region.name.c_str(); }
+
   const char* verb() const { return access.writes ? "write" : "read"; }
+
   Kind kind(uint32_t other_group) const {
     if (!same_group(other_group)) return Kind::grid_race;
     return region.is_threadgroup ? Kind::threadgroup_race : Kind::device_race;
@@ -56,7 +61,8 @@ static bool collides_with_write(const Meeting& meeting, const Shadow& shadow) {
 }
 
 static void remember_collision(const Meeting& meeting, const Shadow& shadow) {
-  if (pending.address) return;
+  if (collision_pending) return;
+  collision_pending = true;
   bool same_group = meeting.same_group(shadow.write_group);
   char message[256];
   snprintf(message, sizeof message, "write of '%s'[byte %zu] collides with a write by %s %u", meeting.name(),

@@ -20,7 +20,13 @@ void check_races(Region& region, const Access& access, const Fiber& fiber);
 
 // A write that collides with another is harmless if it stores the same value: known only once it is done.
 // Called before the next access and before every switch.
-void settle_collision();
+void settle_pending_collision();
 void forget_collision();
+
+extern bool collision_pending;
+
+inline void settle_collision() {
+  if (collision_pending) settle_pending_collision();
+}
 
 }  // namespace emulator

@@ -156,9 +156,13 @@ void mtl_threadgroup_barrier(int mem_flags, int line) {
 }
 
 void mtl_bad_lane(int line, const char* what) { report(Kind::bad_lane, at_line(line), nullptr, "%s", what); }
+
 void mtl_non_uniform(int line, const char* what) { report(Kind::non_uniform, at_line(line), nullptr, "%s", what); }
+
 void mtl_bad_atomic_order(int line) {
   report(Kind::atomic_order, at_line(line), nullptr, "Metal's atomic functions know memory_order_relaxed only");
 }
+
 unsigned mtl_lane_index() { return current->lane; }
+
 int mtl_current_reduce_order() { return launch->reduce_order; }

@@ -38,6 +38,7 @@ struct Place {
 };
 
 inline Place at_line(int line) { return {0, line}; }
+
 inline Place at_address(const void* return_address) { return {reinterpret_cast<uint64_t>(return_address), 0}; }
 
 void clear_findings();

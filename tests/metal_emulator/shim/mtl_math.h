@@ -18,7 +18,7 @@ MTL_UNARY_BUILTIN(atanh, __builtin_atanhf(x))
 MTL_UNARY_BUILTIN(ceil, __builtin_ceilf(x))
 MTL_UNARY_BUILTIN(cos, __builtin_cosf(x))
 MTL_UNARY_BUILTIN(cosh, __builtin_coshf(x))
-MTL_UNARY_BUILTIN(cospi, (float)__builtin_cos(mtl_pi * x))
+MTL_UNARY_BUILTIN(cospi, (float)__builtin_cos(mtl_pi* x))
 MTL_UNARY_BUILTIN(exp, __builtin_expf(x))
 MTL_UNARY_BUILTIN(exp10, (float)__builtin_pow(10.0, x))
 MTL_UNARY_BUILTIN(exp2, __builtin_exp2f(x))
@@ -32,11 +32,11 @@ MTL_UNARY_BUILTIN(round, __builtin_roundf(x))
 MTL_UNARY_BUILTIN(rsqrt, 1.0f / __builtin_sqrtf(x))
 MTL_UNARY_BUILTIN(sin, __builtin_sinf(x))
 MTL_UNARY_BUILTIN(sinh, __builtin_sinhf(x))
-MTL_UNARY_BUILTIN(sinpi, (float)__builtin_sin(mtl_pi * x))
+MTL_UNARY_BUILTIN(sinpi, (float)__builtin_sin(mtl_pi* x))
 MTL_UNARY_BUILTIN(sqrt, __builtin_sqrtf(x))
 MTL_UNARY_BUILTIN(tan, __builtin_tanf(x))
 MTL_UNARY_BUILTIN(tanh, __builtin_tanhf(x))
-MTL_UNARY_BUILTIN(tanpi, (float)__builtin_tan(mtl_pi * x))
+MTL_UNARY_BUILTIN(tanpi, (float)__builtin_tan(mtl_pi* x))
 MTL_UNARY_BUILTIN(trunc, __builtin_truncf(x))
 #undef MTL_UNARY_BUILTIN
 #define MTL_BINARY_BUILTIN(name, expr) \
@@ -50,17 +50,23 @@ MTL_BINARY_BUILTIN(nextafter, __builtin_nextafterf(x, y))
 MTL_BINARY_BUILTIN(pow, __builtin_powf(x, y))
 MTL_BINARY_BUILTIN(powr, __builtin_powf(x, y))
 #undef MTL_BINARY_BUILTIN
+
 inline float __metal_fma(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
+
 inline float __metal_fmax3(float x, float y, float z, bool = false) {
   return __builtin_fmaxf(x, __builtin_fmaxf(y, z));
 }
+
 inline float __metal_fmin3(float x, float y, float z, bool = false) {
   return __builtin_fminf(x, __builtin_fminf(y, z));
 }
+
 inline float __metal_fmedian3(float x, float y, float z, bool = false) {
   return __builtin_fmaxf(__builtin_fminf(x, y), __builtin_fminf(__builtin_fmaxf(x, y), z));
 }
+
 inline float __metal_frexp(float x, int* e) { return __builtin_frexpf(x, e); }
+
 inline float __metal_ldexp(float x, int k, bool = false) { return __builtin_ldexpf(x, k); }
 
 #define MTL_UNARY(name)                                                                      \
@@ -119,28 +125,34 @@ inline float __metal_ldexp(float x, int k, bool = false) { return __builtin_ldex
   MTL_BINARY(fmod)         \
   MTL_BINARY(pow)          \
   MTL_BINARY(powr)
+
 namespace metal {
 MTL_MATH_FUNCTIONS
 
 namespace fast {
 MTL_MATH_FUNCTIONS
 }
+
 namespace precise {
 MTL_MATH_FUNCTIONS
 }
 
 inline float abs(float x) { return __builtin_fabsf(x); }
+
 inline half abs(half x) { return (half)__builtin_fabsf((float)x); }
+
 template <class T, enable_if_t<is_integral_v<T>, int> = 0>
 inline T abs(T x) {
   return x < 0 ? T(-x) : x;
 }
+
 template <class T, int N>
 inline vec<T, N> abs(vec<T, N> x) {
   vec<T, N> r;
   for (int i = 0; i < N; ++i) r[i] = abs(x[i]);
   return r;
 }
+
 #define MTL_EXTREMUM(name, builtin, op)                                          \
   inline float name(float a, float b) { return builtin(a, b); }                  \
   inline half name(half a, half b) { return (half)builtin((float)a, (float)b); } \
@@ -165,90 +177,130 @@ inline vec<T, N> abs(vec<T, N> x) {
 MTL_EXTREMUM(max, __builtin_fmaxf, >)
 MTL_EXTREMUM(min, __builtin_fminf, <)
 #undef MTL_EXTREMUM
+
 template <class T>
 inline T max3(T a, T b, T c) {
   return max(a, max(b, c));
 }
+
 template <class T>
 inline T min3(T a, T b, T c) {
   return min(a, min(b, c));
 }
+
 template <class T>
 inline T clamp(T x, T lo, T hi) {
   return min(max(x, lo), hi);
 }
+
 inline float saturate(float x) { return __builtin_fminf(__builtin_fmaxf(x, 0.f), 1.f); }
+
 inline half saturate(half x) { return (half)saturate((float)x); }
+
 inline float mix(float x, float y, float a) { return x + (y - x) * a; }
+
 inline half mix(half x, half y, half a) { return x + (y - x) * a; }
+
 inline float step(float e, float x) { return x < e ? 0.f : 1.f; }
+
 inline float sign(float x) { return x > 0 ? 1.f : x < 0 ? -1.f : x == 0 ? x : 0.f; }
+
 inline half sign(half x) { return (half)sign((float)x); }
+
 inline float copysign(float x, float y) { return __builtin_copysignf(x, y); }
+
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
 inline half fma(half a, half b, half c) { return (half)__builtin_fma((double)a, (double)b, (double)c); }
+
 template <int N>
 inline vec<float, N> fma(vec<float, N> a, vec<float, N> b, vec<float, N> c) {
   vec<float, N> r;
   for (int i = 0; i < N; ++i) r[i] = fma(a[i], b[i], c[i]);
   return r;
 }
+
 inline float ldexp(float x, int k) { return __builtin_ldexpf(x, k); }
+
 inline half ldexp(half x, int k) { return (half)__builtin_ldexpf((float)x, k); }
+
 inline float frexp(float x, int& e) { return __builtin_frexpf(x, &e); }
+
 inline float modf(float x, float& ip) {
   ip = __builtin_truncf(x);
   return x - ip;
 }
+
 inline float nextafter(float a, float b) { return __builtin_nextafterf(a, b); }
+
 inline bool isnan(float x) { return __builtin_isnan(x); }
+
 inline bool isnan(half x) { return __builtin_isnan((float)x); }
+
 inline bool isnan(bfloat x) { return __builtin_isnan((float)x); }
+
 inline bool isinf(float x) { return __builtin_isinf(x); }
+
 inline bool isinf(half x) { return __builtin_isinf((float)x); }
+
 inline bool isinf(bfloat x) { return __builtin_isinf((float)x); }
+
 inline bool isfinite(float x) { return __builtin_isfinite(x); }
+
 inline bool isfinite(half x) { return __builtin_isfinite((float)x); }
+
 inline bool isfinite(bfloat x) { return __builtin_isfinite((float)x); }
+
 inline bool signbit(float x) { return __builtin_signbit(x); }
+
 template <class T>
 inline T select(T a, T b, bool c) {
   return c ? b : a;
 }
+
 template <class T, int N>
 inline vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<bool, N> c) {
   vec<T, N> r;
   for (int i = 0; i < N; ++i) r[i] = c[i] ? b[i] : a[i];
   return r;
 }
+
 template <class T, enable_if_t<is_integral_v<T>, int> = 0>
 inline T popcount(T x) {
   return (T)__builtin_popcountll((unsigned long long)(make_unsigned_t<T>)x);
 }
+
 template <class T, enable_if_t<is_integral_v<T>, int> = 0>
 inline T clz(T x) {
   return x == 0 ? T(sizeof(T) * 8)
                 : T(__builtin_clzll((unsigned long long)(make_unsigned_t<T>)x) - (64 - sizeof(T) * 8));
 }
+
 template <class T, enable_if_t<is_integral_v<T>, int> = 0>
 inline T ctz(T x) {
   return x == 0 ? T(sizeof(T) * 8) : T(__builtin_ctzll((unsigned long long)(make_unsigned_t<T>)x));
 }
+
 inline uint mulhi(uint a, uint b) { return (uint)(((unsigned long long)a * b) >> 32); }
+
 inline int mulhi(int a, int b) { return (int)(((long long)a * b) >> 32); }
+
 template <class T>
 inline T extract_bits(T x, uint o, uint n) {
   return n == 0 ? T(0) : T((x >> o) & (n >= 32 ? ~T(0) : ((T(1) << n) - 1)));
 }
+
 inline uint reverse_bits(uint x) {
   uint r = 0;
   for (int i = 0; i < 32; ++i) r |= ((x >> i) & 1u) << (31 - i);
   return r;
 }
+
 inline uint rotate(uint x, uint n) {
   n &= 31;
   return n ? (x << n) | (x >> (32 - n)) : x;
 }
+
 template <class T>
 inline T absdiff(T a, T b) {
   return a > b ? a - b : b - a;

@@ -15,7 +15,9 @@ template <class T>
 struct uniform {
   T value;
   uniform() = default;
+
   constexpr uniform(T x) : value(x) {}
+
   constexpr operator T() const { return value; }
 };
 
@@ -26,6 +28,7 @@ constexpr uniform<T> make_uniform(T x) {
 
 struct os_log {
   constexpr os_log(const char*, const char*) {}
+
   template <class... Arguments>
   void log_debug(const char*, Arguments...) const {}
 };

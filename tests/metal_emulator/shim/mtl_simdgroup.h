@@ -39,45 +39,53 @@ struct Sum {
   MTL_NOSAN static T combine(T a, T b) {
     return a + b;
   }
+
   template <class T>
   static T identity() {
     return T(0);
   }
 };
+
 struct Product {
   template <class T>
   MTL_NOSAN static T combine(T a, T b) {
     return a * b;
   }
+
   template <class T>
   static T identity() {
     return T(1);
   }
 };
+
 struct Maximum {
   template <class T>
   MTL_NOSAN static T combine(T a, T b) {
     return a > b ? a : b;
   }
 };
+
 struct Minimum {
   template <class T>
   MTL_NOSAN static T combine(T a, T b) {
     return a < b ? a : b;
   }
 };
+
 struct And {
   template <class T>
   MTL_NOSAN static T combine(T a, T b) {
     return a & b;
   }
 };
+
 struct Or {
   template <class T>
   MTL_NOSAN static T combine(T a, T b) {
     return a | b;
   }
 };
+
 struct Xor {
   template <class T>
   MTL_NOSAN static T combine(T a, T b) {
@@ -276,9 +284,13 @@ struct simd_vote {
   typedef unsigned long vote_t;
   vote_t votes;
   simd_vote() = default;
+
   explicit constexpr simd_vote(vote_t v) : votes(v) {}
+
   explicit operator vote_t() const { return votes; }
+
   bool all() const { return votes == 0xffffffffu; }
+
   bool any() const { return votes != 0; }
 };
 
@@ -373,4 +385,5 @@ inline T __metal_simd_shuffle_and_fill_down(T x, T filling, ushort delta, ushort
 }
 
 inline ushort __metal_get_simdgroup_size(ushort) { return 32; }
+
 inline ushort __metal_get_thread_index_in_simdgroup(ushort) { return (ushort)mtl_lane_index(); }

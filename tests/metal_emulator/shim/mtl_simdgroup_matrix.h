@@ -23,14 +23,18 @@ struct simdgroup_matrix {
   vec<T, 2> elements;
 
   simdgroup_matrix() = default;
+
   explicit simdgroup_matrix(T diagonal) {
     const mtl_detail::Fragment at = mtl_detail::fragment_of(mtl_lane_index());
     elements[0] = at.row == at.column ? diagonal : T(0);
     elements[1] = at.row == at.column + 1 ? diagonal : T(0);
   }
+
   vec<T, 2>& thread_elements() { return elements; }
+
   const vec<T, 2>& thread_elements() const { return elements; }
 };
+
 typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
 typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;

@@ -12,9 +12,11 @@ enum class mem_flags {
   mem_threadgroup_imageblock = 8,
   mem_object_data = 16
 };
+
 constexpr mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags((int)a | (int)b); }
 
 enum thread_scope { thread_scope_thread, thread_scope_simdgroup, thread_scope_threadgroup, thread_scope_device };
+
 enum memory_order {
   memory_order_relaxed,
   memory_order_acquire,
@@ -24,7 +26,9 @@ enum memory_order {
 };
 
 inline void threadgroup_barrier(mem_flags flags, MTL_LINE) { mtl_threadgroup_barrier((int)flags, mtl_line_); }
+
 inline void simdgroup_barrier(mem_flags flags, MTL_LINE) { mtl_simdgroup_barrier((int)flags, mtl_line_); }
+
 inline void atomic_thread_fence(mem_flags, memory_order, thread_scope = thread_scope_device) {}
 
 template <class T, class = void>
@@ -34,6 +38,7 @@ struct atomic {
                 "MSL: atomic<T> needs int, uint, ulong, float or bool");
   T value;
 };
+
 typedef atomic<int> atomic_int;
 typedef atomic<uint> atomic_uint;
 typedef atomic<float> atomic_float;
@@ -80,8 +85,8 @@ MTL_NOSAN inline T atomic_load_explicit(const volatile atomic<T>* object, memory
 template <class T, class U>
 MTL_NOSAN inline bool atomic_compare_exchange_weak_explicit(volatile atomic<T>* object, T* expected, U desired,
                                                             memory_order success, memory_order failure, MTL_LINE) {
-  mtl_detail::announce(object, sizeof(T), MTL_ATOMIC_UPDATE, success == failure ? success : memory_order_seq_cst,
-                       mtl_line_);
+  const memory_order stronger = success > failure ? success : failure;
+  mtl_detail::announce(object, sizeof(T), MTL_ATOMIC_UPDATE, stronger, mtl_line_);
   if (__builtin_memcmp((const void*)&object->value, expected, sizeof(T)) == 0) {
     object->value = (T)desired;
     return true;
