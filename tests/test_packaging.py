@@ -130,5 +130,5 @@ def test_the_sdist_holds_contents_not_links(members: dict[str, tarfile.TarInfo])
 
 
 def test_the_sdist_holds_nothing_that_grows_by_itself(members: dict[str, tarfile.TarInfo]) -> None:
-    grown = re.compile(r"(^|/)(__pycache__|build|dist|\.(?!ci(/|$)))|\.py[cod]$")
+    grown = re.compile(r"(^|/)(__pycache__|build|dist)(/|$)|(^|/)\.(?!ci(/|$))|\.py[cod]$")
     assert [name for name in members if grown.search(name)] == []

@@ -91,6 +91,15 @@ def test_adversarial_inputs(name, form):
 
 
 @FORMS
+@pytest.mark.parametrize("name", ADVERSARIAL)
+@pytest.mark.usefixtures("metal")
+def test_nothing_overflows_on_the_way(name, form):
+    with recording() as runs:
+        form(*adversarial_problem(name, 40, B=1, Hk=1, Dv=24))
+    assert not any(run.overflowed for run in runs)
+
+
+@FORMS
 @pytest.mark.parametrize("decay", [1.0, 0.999], ids=["no_decay", "slow_decay"])
 @pytest.mark.usefixtures("metal")
 def test_4096_tokens_do_not_drift(decay, form):

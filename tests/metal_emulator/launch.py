@@ -60,6 +60,7 @@ class _Launch(ctypes.Structure):
         ("timeout_s", ctypes.c_double),
         *((figure, _counter) for figure in _FIGURES),
         ("image_base", _counter),
+        ("overflowed", ctypes.c_int),
     ]
 
 
@@ -190,6 +191,7 @@ def launch(
         run_s=run_s,
         notes=tuple(findings),
         traffic=_traffic(structures) if options.check else {},
+        overflowed=bool(request.overflowed),
         **{figure: getattr(request, figure) for figure in _FIGURES},
     )
     record(run)

@@ -26,7 +26,8 @@ class Run:
     """One launch that had no error. `compile_s` is 0 for a kernel that was built before.
 
     `notes` are findings of kinds that Options.allow lets pass. `threadgroup_bytes` is what one threadgroup declares.
-    Without Options.check there are no accesses and no traffic.
+    Without Options.check there are no accesses and no traffic. `overflowed`: some result, if only one in between, was
+    too large for its type, or no number at all.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Run:
     threadgroup_bytes_written: int
     notes: tuple[Finding, ...]
     traffic: Mapping[str, Traffic]
+    overflowed: bool
 
 
 _recordings: ContextVar[tuple[list[Run], ...]] = ContextVar("metal_emulator_recordings", default=())

@@ -93,3 +93,20 @@ def test_recordings_nest():
             run(COPY, [arange(9)])
     run(COPY, [arange(9)])
     assert (len(outer), len(inner), outer[1]) == (2, 1, inner[0])
+
+
+@pytest.mark.parametrize(
+    ("expression", "overflowed"),
+    [
+        ("x[i] * 1e30f > 0 ? 1.0f : 2.0f", False),
+        ("1.0f / (x[i] * 1e30f * 1e30f)", True),
+        ("1.0f / (1.0f + metal::exp(x[i] * 100.0f))", True),
+        ("x[i] / (x[i] - x[i])", True),
+        ("metal::exp(-100.0f * x[i])", False),
+    ],
+    ids=["large", "beyond_the_largest", "beyond_the_largest_inside_a_fraction", "division_by_zero", "underflow"],
+)
+def test_a_result_beyond_the_numbers_is_told_even_in_between(expression, overflowed):
+    with metal_emulator.recording() as runs:
+        run(f"uint i = thread_position_in_grid.x; out[i] = {expression};", [arange(64) + 1])
+    assert runs[0].overflowed is overflowed

@@ -56,6 +56,7 @@ struct mtl_launch {
   double timeout_s;
   unsigned long long accesses, simd_operations, barriers, threadgroup_bytes;
   unsigned long long threadgroup_bytes_read, threadgroup_bytes_written, image_base;
+  int overflowed;
 };
 
 // Mirrored field by field in launch.py.

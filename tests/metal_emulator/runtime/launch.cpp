@@ -12,20 +12,30 @@
 
 namespace emulator {
 
-// Apple's compiler is told that denormals are flushed (air.compile.denorms_disable).
-class FlushedDenormals {
+// Arithmetic as Apple's compiler is told to make it (air.compile.denorms_disable): denormals are flushed. The processor
+// notes by itself whether an operation overflowed, divided by zero or had no number for a result.
+class Arithmetic {
  public:
 #if defined(__x86_64__)
-  FlushedDenormals() : former_(_mm_getcsr()) { _mm_setcsr(static_cast<unsigned>(former_) | 0x8040); }
+  Arithmetic() : former_(_mm_getcsr()) { _mm_setcsr((static_cast<unsigned>(former_) & ~0x3fu) | 0x8040); }
 
-  ~FlushedDenormals() { _mm_setcsr(static_cast<unsigned>(former_)); }
+  ~Arithmetic() { _mm_setcsr(static_cast<unsigned>(former_)); }
+
+  bool overflowed() const { return _mm_getcsr() & 0x0d; }
 #else
-  FlushedDenormals() {
+  Arithmetic() {
     asm volatile("mrs %0, fpcr" : "=r"(former_));
     asm volatile("msr fpcr, %0" ::"r"(former_ | 1ull << 24));
+    asm volatile("msr fpsr, xzr");
   }
 
-  ~FlushedDenormals() { asm volatile("msr fpcr, %0" ::"r"(former_)); }
+  ~Arithmetic() { asm volatile("msr fpcr, %0" ::"r"(former_)); }
+
+  bool overflowed() const {
+    unsigned long long flags;
+    asm volatile("mrs %0, fpsr" : "=r"(flags));
+    return flags & 0x07;
+  }
 #endif
 
  private:
@@ -39,11 +49,13 @@ static bool map_buffers(mtl_launch* request) {
   return true;
 }
 
-static void run_guarded() {
+// Whether a result went beyond the numbers.
+static bool run_guarded() {
   FaultGuard guard(launch->timeout_s);
-  FlushedDenormals flushed;
+  Arithmetic arithmetic;
   if (sigsetjmp(FaultGuard::escape, 1) == 0) run_grid();
   current = nullptr;
+  return arithmetic.overflowed();
 }
 
 }  // namespace emulator
@@ -54,7 +66,7 @@ int mtl_run(mtl_launch* request) {
   forget_collision();
   if (!map_buffers(request)) return -1;
   start_launch(request);
-  run_guarded();
+  request->overflowed = run_guarded();
   for (int i = 0; i < request->buffer_count; ++i) {
     if (!stopped) report_unwritten(i);
     unmap_buffer(i, request->buffers[i]);
