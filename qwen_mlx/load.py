@@ -13,7 +13,7 @@ from qwen_mlx.config import TextConfig, read_config
 from qwen_mlx.errors import CheckpointError
 from qwen_mlx.hub import resolve
 from qwen_mlx.kernels.backend import gpu_generation
-from qwen_mlx.kernels.random_inputs import Sizes
+from qwen_mlx.kernels.random_inputs import AttentionSizes, Sizes
 from qwen_mlx.kernels.self_check import check_kernels
 from qwen_mlx.model.qwen import Qwen
 from qwen_mlx.tokenizer import Tokenizer
@@ -58,12 +58,12 @@ def load_model(folder: Path, *, dtype: str = "auto") -> Qwen:
             tensors[name] = array.astype(mx.float32 if wide else model.dtype)
     model.load_weights(list(tensors.items()))
     model.eval()
-    check_kernels(_sizes(config.text, model.dtype))
+    check_kernels(*_sizes(config.text, model.dtype))
     return model
 
 
-def _sizes(config: TextConfig, dtype: mx.Dtype) -> Sizes:
-    return Sizes(
+def _sizes(config: TextConfig, dtype: mx.Dtype) -> tuple[Sizes, AttentionSizes]:
+    linear = Sizes(
         config.linear_num_key_heads,
         config.linear_num_value_heads,
         config.linear_key_head_dim,
@@ -71,6 +71,15 @@ def _sizes(config: TextConfig, dtype: mx.Dtype) -> Sizes:
         config.linear_conv_kernel_dim,
         dtype,
     )
+    full = AttentionSizes(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.rotary_dim,
+        dtype,
+    )
+    return linear, full
 
 
 def weights_with_nan(model: Qwen) -> list[str]:

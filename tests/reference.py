@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwen_mlx.kernels.gated_delta_step import StepWeights
+from qwen_mlx.kernels.qk_norm_rope import HeadNorms
 
 # Largest error over largest reference value, by the dtype that a result was rounded to. The reference sees the rounded
 # inputs, so 16-bit inputs get no more than float32 ones.
@@ -94,5 +95,23 @@ def gated_delta_step(
     q, k, v, columns = causal_conv1d(projected[0], weights.taps, conv_state, key_heads=key_heads, key_dim=Dk)
     g = -np.exp(float64(weights.A_log)) * np.logaddexp(0, a + float64(weights.dt_bias))
     o, after, _ = _delta_rule(q, k, v.reshape(B, 1, Hv, Dv), g, 1 / (1 + np.exp(-b)), float64(state))
-    normed = o / np.sqrt((o**2).mean(-1, keepdims=True) + weights.eps) * float64(weights.gain)
-    return normed.reshape(z.shape) * silu(z), columns, after
+    return rms_norm(o, weights.gain, weights.eps).reshape(z.shape) * silu(z), columns, after
+
+
+def rms_norm(x: np.ndarray, gain: mx.array, eps: float) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * float64(gain)
+
+
+def qk_norm_rope(q: mx.array, k: mx.array, norms: HeadNorms, offset: int) -> list[np.ndarray]:
+    """q [B, Hq, T, Dh] and k [B, Hkv, T, Dh]. Angles alone are float32: position times frequency, as in the model."""
+    Dh, R = k.shape[-1], norms.rotary_dim
+    frequencies = np.array([norms.base ** (-2 * j / R) for j in range(R // 2)]).astype(np.float32)
+    positions = np.arange(offset, offset + k.shape[1]).astype(np.float32)
+    angles = (positions[:, None] * frequencies).astype(np.float64)[:, None]
+    heads = []
+    for x, gain in (q[..., :Dh], norms.q_gain), (k, norms.k_gain):
+        y = rms_norm(float64(x), gain, norms.eps)
+        left, right = y[..., : R // 2], y[..., R // 2 : R]
+        turned = (left * np.cos(angles) - right * np.sin(angles), right * np.cos(angles) + left * np.sin(angles))
+        heads.append(np.concatenate([*turned, y[..., R:]], axis=-1).transpose(0, 2, 1, 3))
+    return heads

@@ -11,6 +11,8 @@ import pytest
 from qwen_mlx import generate, load
 from qwen_mlx.hub import resolve
 from tests.golden.compare import TOLERANCE
+from tests.metal_emulator import recording
+from tests.metal_emulator.device import emulated_metal
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("demo.json").read_text(encoding="utf-8"))
 PROMPTS = [name for name in GOLDEN if name not in ("words", "fresh_tales")]
@@ -58,6 +60,15 @@ def test_greedy_text_is_transformers(demo, name):
     assert golden["margin"] > 2 * TOLERANCE, "a near tie proves nothing: choose another prompt"
     text = generate(*demo, golden["prompt"], temperature=0.0, max_tokens=len(golden["tokens"]))
     assert text == golden["text"]
+
+
+@pytest.mark.parametrize("name", ["capital", "sum"])
+def test_greedy_text_through_the_metal_kernels_is_transformers(demo, name):
+    golden = GOLDEN[name]
+    with emulated_metal(fma=True), recording() as runs:
+        text = generate(*demo, golden["prompt"], temperature=0.0, max_tokens=len(golden["tokens"]))
+    assert text == golden["text"]
+    assert {run.name for run in runs} >= {"qwen_qk_norm_rope", "qwen_add_rms_norm", "qwen_gated_delta_step"}
 
 
 def test_loss_on_fresh_tales_is_transformers(demo, fresh_loss):

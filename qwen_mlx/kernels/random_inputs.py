@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from qwen_mlx.kernels.causal_conv1d import l2_norm
 from qwen_mlx.kernels.gated_delta_step import StepWeights
+from qwen_mlx.kernels.qk_norm_rope import HeadNorms
 
 EPS = 1e-6
 
@@ -27,6 +28,18 @@ class Sizes:
     @property
     def channels(self) -> int:
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True)
+class AttentionSizes:
+    """Of a model's residual stream and full-attention layers, and the dtype of activations."""
+
+    hidden_size: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    dtype: mx.Dtype
 
 
 def random_state(sizes: Sizes) -> mx.array:
@@ -58,6 +71,20 @@ def random_step(
     A_log, dt_bias, gain = _normal(7, heads), _normal(8, heads), 1 + 0.1 * _normal(9, sizes.value_dim)
     qkv, taps, conv_state = random_columns(sizes, 1)
     return (qkv, z, a, b), StepWeights(taps, A_log, dt_bias, gain, EPS), conv_state, random_state(sizes)
+
+
+def random_sum(sizes: AttentionSizes) -> tuple[mx.array, mx.array, mx.array, float]:
+    """The arguments of `add_rms_norm` for one token."""
+    x, update = (_normal(i, 1, 1, sizes.hidden_size).astype(sizes.dtype) for i in (1, 2))
+    return x, update, 1 + 0.1 * _normal(3, sizes.hidden_size), EPS
+
+
+def random_heads(sizes: AttentionSizes) -> tuple[mx.array, mx.array, HeadNorms, int]:
+    """The arguments of `qk_norm_rope` for one token at some place."""
+    q = _normal(1, 1, 1, sizes.query_heads, 2 * sizes.head_dim).astype(sizes.dtype)
+    k = _normal(2, 1, 1, sizes.kv_heads, sizes.head_dim).astype(sizes.dtype)
+    q_gain, k_gain = (1 + 0.1 * _normal(i, sizes.head_dim) for i in (3, 4))
+    return q, k, HeadNorms(q_gain, k_gain, EPS, sizes.rotary_dim, 1e7), 1000
 
 
 def _normal(key: int, *shape: int) -> mx.array:

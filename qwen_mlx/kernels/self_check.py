@@ -5,10 +5,11 @@ They were proved on an emulator, which knows neither this GPU nor its compiler. 
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import mlx.core as mx
 
+from qwen_mlx.kernels.add_rms_norm import ADD_RMS_NORM, metal_add_rms_norm, naive_add_rms_norm
 from qwen_mlx.kernels.backend import Kernel, distrusted
 from qwen_mlx.kernels.causal_conv1d import CONV, metal_causal_conv1d, naive_causal_conv1d
 from qwen_mlx.kernels.gated_delta import SCAN_TOKENS, naive_gated_delta_rule
@@ -17,7 +18,17 @@ from qwen_mlx.kernels.gated_delta_chunk import CHUNK, metal_gated_delta_chunk
 from qwen_mlx.kernels.gated_delta_replay import REPLAY, metal_gated_delta_replay
 from qwen_mlx.kernels.gated_delta_scan import SCAN, SCAN_WITH_TAPE, metal_gated_delta_scan, naive_gated_delta_scan
 from qwen_mlx.kernels.gated_delta_step import STEP, gated_delta_step, naive_gated_delta_step
-from qwen_mlx.kernels.random_inputs import Sizes, random_columns, random_state, random_step, random_tokens
+from qwen_mlx.kernels.qk_norm_rope import QK_NORM_ROPE, heads_are_fused, naive_qk_norm_rope, qk_norm_rope
+from qwen_mlx.kernels.random_inputs import (
+    AttentionSizes,
+    Sizes,
+    random_columns,
+    random_heads,
+    random_state,
+    random_step,
+    random_sum,
+    random_tokens,
+)
 
 # Far above what the order of a sum moves (some 1e-6 in float32, 2^-8 where bfloat16 rounds), far below any mistake.
 TOLERANCE = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 2e-2}
@@ -26,18 +37,18 @@ Pair = tuple[Sequence[mx.array], Sequence[mx.array]]
 """What a kernel gave, and what its naive reference gave."""
 
 
-Check = Callable[[Sizes], Pair]
-
-
 @cache
-def check_kernels(sizes: Sizes) -> None:
+def check_kernels(sizes: Sizes, attention: AttentionSizes) -> None:
     """Run every kernel once against its naive reference; put those that differ on `distrusted` and warn of them.
 
-    Without Metal, or where no kernel is written for `sizes`, there is nothing to check.
+    Without Metal there is nothing to check, nor of kernels that are not written for these sizes.
     """
-    if not kernels_fit(random_state(sizes), sizes.key_heads):
-        return
-    wrong = [kernel.label for kernel, run in CHECKS.items() if kernel.usable and not _agrees(run, sizes)]
+    checks: dict[Kernel, Callable[[], Pair]] = {ADD_RMS_NORM: lambda: _check_sum(attention)}
+    if kernels_fit(random_state(sizes), sizes.key_heads):
+        checks |= {kernel: partial(check, sizes) for kernel, check in DELTA_CHECKS.items()}
+    if heads_are_fused(attention.head_dim, attention.rotary_dim):
+        checks[QK_NORM_ROPE] = lambda: _check_heads(attention)
+    wrong = [kernel.label for kernel, check in checks.items() if kernel.usable and not _agrees(check)]
     if wrong:
         distrusted.update(wrong)
         warnings.warn(
@@ -47,9 +58,9 @@ def check_kernels(sizes: Sizes) -> None:
         )
 
 
-def _agrees(run: Check, sizes: Sizes) -> bool:
+def _agrees(check: Callable[[], Pair]) -> bool:
     try:
-        return all(_close(x, y) for x, y in zip(*run(sizes), strict=True))
+        return all(_close(x, y) for x, y in zip(*check(), strict=True))
     except RuntimeError:  # MLX's error for a kernel that does not compile or launch
         return False
 
@@ -59,6 +70,16 @@ def _close(result: mx.array, expected: mx.array) -> bool:
     wide = expected.astype(mx.float32)
     error, size = mx.abs(result.astype(mx.float32) - wide).max(), mx.abs(wide).max()
     return bool((error <= TOLERANCE[result.dtype] * size).item())
+
+
+def _check_sum(sizes: AttentionSizes) -> Pair:
+    inputs = random_sum(sizes)
+    return metal_add_rms_norm(*inputs), naive_add_rms_norm(*inputs)
+
+
+def _check_heads(sizes: AttentionSizes) -> Pair:
+    inputs = random_heads(sizes)
+    return qk_norm_rope(*inputs), naive_qk_norm_rope(*inputs)
 
 
 def _check_conv(sizes: Sizes) -> Pair:
@@ -94,7 +115,7 @@ def _check_chunk(sizes: Sizes) -> Pair:
     return metal_gated_delta_chunk(*inputs), naive_gated_delta_rule(*inputs)
 
 
-CHECKS: dict[Kernel, Check] = {
+DELTA_CHECKS: dict[Kernel, Callable[[Sizes], Pair]] = {
     CONV: _check_conv,
     STEP: _check_step,
     SCAN: _check_scan,

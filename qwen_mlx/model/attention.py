@@ -6,6 +6,7 @@ import mlx.nn as nn
 from qwen_mlx.cache.kv import KVCache
 from qwen_mlx.config import TextConfig
 from qwen_mlx.kernels.activations import sigmoid
+from qwen_mlx.kernels.qk_norm_rope import HeadNorms, heads_are_fused, qk_norm_rope
 from qwen_mlx.model.norm import RMSNorm
 from qwen_mlx.model.rope import RotaryEmbedding
 
@@ -30,12 +31,19 @@ class Attention(nn.Module):
     ) -> mx.array:
         """x [B, T, D] -> [B, T, D]; mask: "causal", None (one token), or bool [B, 1, T, S]; positions as in `rope`."""
         B, T, _ = x.shape
-        q, gate = mx.split(self.q_proj(x).reshape(B, T, self.num_heads, 2 * self.head_dim), 2, axis=-1)
+        heads = self.q_proj(x).reshape(B, T, self.num_heads, 2 * self.head_dim)
+        q, gate = mx.split(heads, 2, axis=-1)
         k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
         v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
-        q, k, v = (y.transpose(0, 2, 1, 3) for y in (self.q_norm(q), self.k_norm(k), v))  # [B, H, T, Dh]
-        q, k = (self._rope(y, cache.offset, positions) for y in (q, k))
-        k, v = cache.update(k, v)
+        if positions is None and heads_are_fused(self.head_dim, self._rope.dims):
+            q, k = qk_norm_rope(heads, k, self._head_norms(), cache.offset)
+        else:
+            q, k = (y.transpose(0, 2, 1, 3) for y in (self.q_norm(q), self.k_norm(k)))  # [B, H, T, Dh]
+            q, k = (self._rope(y, cache.offset, positions) for y in (q, k))
+        k, v = cache.update(k, v.transpose(0, 2, 1, 3))
         o = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
         o = (o.transpose(0, 2, 1, 3) * sigmoid(gate)).astype(x.dtype)
         return self.o_proj(o.reshape(B, T, -1))
+
+    def _head_norms(self) -> HeadNorms:
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self._rope.dims, self._rope.base)

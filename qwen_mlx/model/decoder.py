@@ -16,7 +16,7 @@ from qwen_mlx.model.span import Span
 
 
 class DecoderLayer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)), the last sum left to the norm that comes next: it adds along."""
 
     def __init__(self, config: TextConfig, layer_type: str) -> None:
         super().__init__()
@@ -29,14 +29,17 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(D, eps)
         self.post_attention_layernorm = RMSNorm(D, eps)
 
-    def __call__(self, x: mx.array, cache: KVCache | RecurrentCache, span: Span) -> mx.array:
-        normed = self.input_layernorm(x)
+    def __call__(
+        self, x: mx.array, update: mx.array | None, cache: KVCache | RecurrentCache, span: Span
+    ) -> tuple[mx.array, mx.array]:
+        """The residual stream x [B, T, D] and what the layer before adds to it -> the same of this layer."""
+        x, normed = self.input_layernorm.of_sum(x, update)
         if isinstance(cache, KVCache):
             mixed = self.self_attn(normed, cache, span.attention, span.positions)
         else:
             mixed = self.linear_attn(normed, cache, span.tokens)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, normed = self.post_attention_layernorm.of_sum(x, mixed)
+        return x, self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -48,6 +51,7 @@ class Decoder(nn.Module):
 
     def __call__(self, x: mx.array, cache: SequenceCache, span: Span) -> mx.array:
         """x [B, T, D] -> [B, T, D], after the final norm."""
+        update = None
         for layer, layer_cache in zip(self.layers, cache.layers):
-            x = layer(x, layer_cache, span)
-        return self.norm(x)
+            x, update = layer(x, update, layer_cache, span)
+        return self.norm.of_sum(x, update)[1]

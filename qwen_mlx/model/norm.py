@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwen_mlx.kernels.activations import silu
+from qwen_mlx.kernels.add_rms_norm import add_rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -21,6 +22,10 @@ class RMSNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         # With a float32 gain, rms_norm answers in float32.
         return mx.fast.rms_norm(x, self.weight, self.eps).astype(x.dtype)
+
+    def of_sum(self, x: mx.array, update: mx.array | None) -> tuple[mx.array, mx.array]:
+        """x + update, or x without one, and its norm."""
+        return (x, self(x)) if update is None else add_rms_norm(x, update, self.weight, self.eps)
 
 
 class GatedRMSNorm(nn.Module):

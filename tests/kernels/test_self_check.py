@@ -1,26 +1,30 @@
 """The check of the kernels at load: silent where they are right, one warning and plain MLX where one is not."""
 
 import warnings
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
 from qwen_mlx.kernels import backend, self_check
 from qwen_mlx.kernels.gated_delta import gated_delta_rule
-from qwen_mlx.kernels.random_inputs import Sizes
-from qwen_mlx.kernels.self_check import CHECKS, check_kernels
+from qwen_mlx.kernels.random_inputs import AttentionSizes, Sizes
+from qwen_mlx.kernels.self_check import DELTA_CHECKS, check_kernels
 from tests import reference
 from tests.kernels.problems import problem
 from tests.metal_emulator import recording
 from tests.metal_emulator.device import emulated_metal
 
 SIZES = Sizes(key_heads=2, value_heads=4, key_dim=32, value_dim=16, taps=4, dtype=mx.float32)
-LABELS = [kernel.label for kernel in CHECKS]
+ATTENTION = AttentionSizes(hidden_size=96, query_heads=2, kv_heads=1, head_dim=64, rotary_dim=64, dtype=mx.float32)
+LABELS = ["add_rms_norm", *(kernel.label for kernel in DELTA_CHECKS), "qk_norm_rope"]
 
 # A mistake in each text that its own layout forgives: only the numbers are wrong.
 BUGS = {
     "causal_conv1d": ("1.0f + metal::exp(-sum)", "1.1f + metal::exp(-sum)"),
     "gated_delta_step": ("* gain[i] *", "*"),
+    "add_rms_norm": ("sum / D + eps", "sum + eps"),
+    "qk_norm_rope": ("left * cosine - right * sine", "left * cosine + right * sine"),
     "gated_delta_scan": ("S[i] = S[i] * alpha;", "S[i] = S[i] * alpha * 1.01f;"),
     "gated_delta_replay": ("S[i] = S[i] * alpha;", "S[i] = S[i];"),
     "gated_delta_chunk": ("product *= alphas[t];", "product *= 1.0f;"),
@@ -53,7 +57,7 @@ def plant(monkeypatch, name, old, new):
 @pytest.mark.usefixtures("device")
 def test_right_kernels_are_trusted_in_silence(dtype):
     with recording() as runs:
-        check_kernels(Sizes(2, 4, 32, 16, 4, dtype))
+        check_kernels(replace(SIZES, dtype=dtype), replace(ATTENTION, dtype=dtype))
     assert backend.distrusted == set()
     assert [run.name for run in runs] == [f"qwen_{label}" for label in LABELS]
 
@@ -63,8 +67,8 @@ def test_right_kernels_are_trusted_in_silence(dtype):
 def test_a_wrong_kernel_is_warned_of_once_and_not_used(name, monkeypatch):
     plant(monkeypatch, name, *BUGS[name])
     with pytest.warns(UserWarning, match=rf"wrong on this GPU .*: {name}") as caught:
-        check_kernels(SIZES)
-    check_kernels(SIZES)  # a second warning would be an error
+        check_kernels(SIZES, ATTENTION)
+    check_kernels(SIZES, ATTENTION)  # a second warning would be an error
     assert len(caught) == 1
     assert backend.distrusted == {label for label in LABELS if label.startswith(name)}
 
@@ -73,10 +77,10 @@ def test_a_wrong_kernel_is_warned_of_once_and_not_used(name, monkeypatch):
 def test_a_second_model_is_not_warned_of_the_same_kernel(monkeypatch):
     plant(monkeypatch, "gated_delta_chunk", *BUGS["gated_delta_chunk"])
     with pytest.warns(UserWarning, match="gated_delta_chunk"):
-        check_kernels(SIZES)
+        check_kernels(SIZES, ATTENTION)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_kernels(Sizes(1, 1, 32, 8, 4, mx.float32))
+        check_kernels(replace(SIZES, value_dim=8), ATTENTION)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,7 @@ def test_a_second_model_is_not_warned_of_the_same_kernel(monkeypatch):
 def test_a_kernel_that_does_not_run_is_a_wrong_one(broken, monkeypatch):
     plant(monkeypatch, "gated_delta_scan", "*o_t = read;", broken)
     with pytest.warns(UserWarning, match="gated_delta_scan, gated_delta_scan_tape"):
-        check_kernels(SIZES)
+        check_kernels(SIZES, ATTENTION)
 
 
 @pytest.mark.parametrize("T", [4, 20])
@@ -95,7 +99,7 @@ def test_answers_stay_right_with_a_wrong_kernel(T, monkeypatch):
     for name in ("gated_delta_scan", "gated_delta_chunk"):
         plant(monkeypatch, name, *BUGS[name])
     with pytest.warns(UserWarning, match="gated_delta_scan, .*gated_delta_chunk"):
-        check_kernels(SIZES)
+        check_kernels(SIZES, ATTENTION)
     inputs = problem(T)
     with recording() as runs:
         results = gated_delta_rule(*inputs)
@@ -107,7 +111,7 @@ def test_answers_stay_right_with_a_wrong_kernel(T, monkeypatch):
 def test_prefill_falls_to_the_scan_when_only_the_chunked_kernel_is_wrong(monkeypatch):
     plant(monkeypatch, "gated_delta_chunk", *BUGS["gated_delta_chunk"])
     with pytest.warns(UserWarning, match="gated_delta_chunk"):
-        check_kernels(SIZES)
+        check_kernels(SIZES, ATTENTION)
     inputs = problem(20)
     with recording() as runs:
         gated_delta_rule(*inputs)
@@ -117,11 +121,11 @@ def test_prefill_falls_to_the_scan_when_only_the_chunked_kernel_is_wrong(monkeyp
 @pytest.mark.usefixtures("device")
 def test_sizes_that_no_kernel_serves_are_not_checked():
     with recording() as runs:
-        check_kernels(Sizes(2, 4, 48, 16, 4, mx.float32))
-    assert runs == []
+        check_kernels(replace(SIZES, key_dim=48), replace(ATTENTION, rotary_dim=16))
+    assert [run.name for run in runs] == ["qwen_add_rms_norm"]
 
 
 def test_without_metal_nothing_is_run(monkeypatch):
     check_kernels.cache_clear()
     monkeypatch.setattr(self_check, "_agrees", lambda *_: pytest.fail("a kernel was run"))
-    check_kernels(SIZES)
+    check_kernels(SIZES, ATTENTION)

@@ -16,17 +16,20 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
 from qwen_mlx.kernels import backend
+from qwen_mlx.kernels.add_rms_norm import add_rms_norm
 from qwen_mlx.kernels.causal_conv1d import causal_conv1d
 from qwen_mlx.kernels.gated_delta_chunk import metal_gated_delta_chunk
 from qwen_mlx.kernels.gated_delta_replay import gated_delta_replay
 from qwen_mlx.kernels.gated_delta_scan import Tape, gated_delta_scan, recurrent_gated_delta_scan
 from qwen_mlx.kernels.gated_delta_step import gated_delta_step
+from qwen_mlx.kernels.qk_norm_rope import qk_norm_rope
+from qwen_mlx.kernels.random_inputs import AttentionSizes, random_heads, random_sum
 from qwen_mlx.metal import source
 from tests import reference
 from tests.kernels.problems import adversarial_problem, conv_problem, problem, step_problem
@@ -155,12 +158,31 @@ def run_chunk() -> None:
         check(metal_gated_delta_chunk(*inputs), reference.gated_delta_rule(*inputs))
 
 
+def run_sum() -> None:
+    for x, update, gain, eps in (random_sum(replace(SIZES, hidden_size=D)) for D in (64, 257, 300)):
+        for scale in (1.0, 1e-3):
+            total, normed = add_rms_norm(scale * x, scale * update, gain, eps)
+            norm = reference.rms_norm(reference.float64(total), gain, eps)
+            check([total, normed], [reference.float64(scale * x) + reference.float64(scale * update), norm])
+
+
+def run_heads() -> None:
+    for sizes in (SIZES, replace(SIZES, head_dim=160, rotary_dim=128, query_heads=3, kv_heads=2)):
+        q, k, norms, offset = random_heads(sizes)
+        q, k = (mx.concatenate([x, 1e-3 * x], axis=1) for x in (q, k))  # two tokens
+        q, k = (mx.concatenate([x, -x], axis=0) for x in (q, k))  # of two sequences
+        check(qk_norm_rope(q, k, norms, offset), reference.qk_norm_rope(q, k, norms, offset))
+
+
+SIZES = AttentionSizes(hidden_size=64, query_heads=2, kv_heads=1, head_dim=64, rotary_dim=64, dtype=mx.float32)
 RUNS: dict[str, Callable[[], None]] = {
     "causal_conv1d": run_conv,
     "gated_delta_step": run_step,
     "gated_delta_scan": run_scan,
     "gated_delta_replay": run_replay,
     "gated_delta_chunk": run_chunk,
+    "add_rms_norm": run_sum,
+    "qk_norm_rope": run_heads,
 }
 
 

@@ -11,6 +11,7 @@ LARGER_ARRAY = "A larger array than needed, of which the rest is not touched."
 NOT_WRITTEN = (
     "Channels beyond the last are computed along and never written; they belong to no head that is normalized."
 )
+NO_ELEMENT = "One turn more, in which every thread stands beyond the row and does nothing."
 NO_TOKEN = (
     "A token beyond the last: its beta of 0 alone already makes all that it would write 0, and its output is not kept."
 )
@@ -65,6 +66,9 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "gated_delta_chunk",
         "for (int size = 2; size < 9; size *= 2) {",
     ): "Blocks of 8 fill the tile; at their level there is nothing to merge, and L is 0.",
+    ("add_rms_norm", "if (thread_index_in_simdgroup == 1) {"): "All lanes of a SIMD-group hold its sum.",
+    ("add_rms_norm", "constexpr int ELEMENTS = (D + THREADS + 1) / THREADS;"): NO_ELEMENT,
+    ("add_rms_norm", "for (int i = 0; i <= ELEMENTS; ++i) {"): NO_ELEMENT,
     (
         "gated_delta_chunk",
         "const bool merged = m / (2 * size) == n / (2 + size) && m / size > n / size;",

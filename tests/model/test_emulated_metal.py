@@ -90,7 +90,15 @@ def test_kernels_of_a_layer(T: int, kernels: list[str], model_of: Callable[[str,
     model = model_of("b-r2-d64", "float32")
     with emulated_metal(), recording() as runs:
         mx.eval(model(mx.zeros((1, T), dtype=mx.int32)))
-    assert Counter(run.name for run in runs) == {f"qwen_{kernel}": linear_layers(model) for kernel in kernels}
+    launches = Counter(run.name for run in runs if run.name != "qwen_add_rms_norm")
+    assert launches == {f"qwen_{kernel}": linear_layers(model) for kernel in kernels}
+
+
+def test_every_sum_and_its_norm_is_one_launch(model_of: Callable[[str, str], Qwen]) -> None:
+    model = model_of("b-r2-d64", "float32")
+    with emulated_metal(), recording() as runs:
+        mx.eval(model(mx.zeros((1, 1), dtype=mx.int32)))
+    assert Counter(run.name for run in runs)["qwen_add_rms_norm"] == 2 * model.config.text.num_hidden_layers
 
 
 def primitives(tmp_path: Path, arrays: Sequence[mx.array]) -> Counter[str]:
@@ -128,6 +136,7 @@ def test_loading_checks_the_kernels_in_the_sizes_of_the_model(checkpoint_of: Cal
         load_model(checkpoint_of("e-k64-v32"), dtype="bfloat16")
     check_kernels.cache_clear()
     assert {run.name: re.findall(r"decltype\(\w+<(.*)>\)", run.text) for run in runs} == {
+        "qwen_add_rms_norm": ["bfloat16_t, 128, 8"],
         "qwen_causal_conv1d": ["bfloat16_t, 2, 64, 4, 8"],
         "qwen_gated_delta_step": ["bfloat16_t, 64, 32, 4"],
         "qwen_gated_delta_scan": ["float, 64"],

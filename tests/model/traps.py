@@ -255,13 +255,15 @@ def positions_start_again(model: Qwen, patch: Patch) -> None:
 
 
 def second_norm_before_the_mixer_is_added(model: Qwen, patch: Patch) -> None:
-    def layer(self: DecoderLayer, x: mx.array, cache: Any, span: Span) -> mx.array:
-        normed = self.input_layernorm(x)
+    def layer(
+        self: DecoderLayer, x: mx.array, update: mx.array | None, cache: Any, span: Span
+    ) -> tuple[mx.array, mx.array]:
+        x, normed = self.input_layernorm.of_sum(x, update)
         if "self_attn" in self:
             mixed = self.self_attn(normed, cache, span.attention, span.positions)
         else:
             mixed = self.linear_attn(normed, cache, span.tokens)
-        return x + mixed + self.mlp(self.post_attention_layernorm(x))
+        return x + mixed, self.mlp(self.post_attention_layernorm(x))
 
     patch.setattr(DecoderLayer, "__call__", layer)
 

@@ -1,0 +1,79 @@
+"""Projected queries and keys, normed head by head and rotated to their places: one launch for both."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+
+from qwen_mlx.kernels.backend import Kernel
+
+QK_NORM_ROPE = Kernel(
+    "qk_norm_rope", ("q", "k", "q_gain", "k_gain", "frequencies", "eps", "offset"), ("q_out", "k_out")
+)
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """Of one layer: the gains of queries and keys [Dh] in float32, the norms' eps; R, the rotated dimensions; theta."""
+
+    q_gain: mx.array
+    k_gain: mx.array
+    eps: float
+    rotary_dim: int
+    base: float
+
+
+def heads_are_fused(head_dim: int, rotary_dim: int) -> bool:
+    """Whether `qk_norm_rope` has a kernel here for heads of this size."""
+    return QK_NORM_ROPE.usable and head_dim % 32 == 0 and rotary_dim % 64 == 0
+
+
+def qk_norm_rope(q: mx.array, k: mx.array, norms: HeadNorms, offset: int | mx.array) -> tuple[mx.array, mx.array]:
+    """RMSNorm of every head, then the rotation of its first R elements by half-split pairs.
+
+        y = x / sqrt(mean(x^2) + eps) * gain;   a_j = position * theta^(-2j/R), j < R/2
+        y_j = y_j cos a_j - y_{j+R/2} sin a_j;  y_{j+R/2} = y_{j+R/2} cos a_j + y_j sin a_j
+
+    q [B, T, Hq, 2 Dh]: each head's query before its gate, which is not read; k [B, T, Hkv, Dh]; token t stands at
+    `offset` + t. Returns q [B, Hq, T, Dh] and k [B, Hkv, T, Dh] in their dtype. Ask `heads_are_fused` first.
+    """
+    B, T, Hq, _ = q.shape
+    Hkv, Dh = k.shape[2:]
+    rotated_q, rotated_k = QK_NORM_ROPE(
+        q,
+        k,
+        norms.q_gain,
+        norms.k_gain,
+        _frequencies(norms.rotary_dim, norms.base),
+        norms.eps,
+        offset if isinstance(offset, mx.array) else mx.array(offset, mx.int32),
+        outputs=[((B, Hq, T, Dh), q.dtype), ((B, Hkv, T, Dh), k.dtype)],
+        grid=(Hq + Hkv, B * T),
+        simdgroups=4,
+        X=q.dtype,
+        Dh=Dh,
+        R=norms.rotary_dim,
+    )
+    return rotated_q, rotated_k
+
+
+def naive_qk_norm_rope(q: mx.array, k: mx.array, norms: HeadNorms, offset: int | mx.array) -> tuple[mx.array, mx.array]:
+    """The formula of `qk_norm_rope` for the reader; same arguments and results."""
+    Dh, half = k.shape[-1], norms.rotary_dim // 2
+    positions = (offset + mx.arange(k.shape[1])).astype(mx.float32)
+    angles = positions[:, None, None] * _frequencies(norms.rotary_dim, norms.base)  # [T, 1, R/2]
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    heads = []
+    for x, gain in (q[..., :Dh], norms.q_gain), (k, norms.k_gain):
+        y = x.astype(mx.float32)
+        y = y / mx.sqrt((y * y).mean(axis=-1, keepdims=True) + norms.eps) * gain
+        left, right, rest = mx.split(y, [half, 2 * half], axis=-1)
+        y = mx.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1)
+        heads.append(y.astype(x.dtype).transpose(0, 2, 1, 3))
+    return heads[0], heads[1]
+
+
+@cache
+def _frequencies(rotary_dim: int, base: float) -> mx.array:
+    """base^(-2j/R), j < R/2, rounded once to float32."""
+    return mx.array([base ** (-2 * j / rotary_dim) for j in range(rotary_dim // 2)], mx.float32)
