@@ -8,6 +8,7 @@ from qwen_mlx.config import TextConfig
 from qwen_mlx.kernels.activations import sigmoid
 from qwen_mlx.kernels.qk_norm_rope import HeadNorms, heads_are_fused, qk_norm_rope
 from qwen_mlx.model.norm import RMSNorm
+from qwen_mlx.model.projection import JointProjection
 from qwen_mlx.model.rope import RotaryEmbedding
 
 
@@ -24,6 +25,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * Dh, D, bias=False)
         self.q_norm = RMSNorm(Dh, config.rms_norm_eps)
         self.k_norm = RMSNorm(Dh, config.rms_norm_eps)
+        self._qkv = JointProjection("q_proj", "k_proj", "v_proj")
         self._rope = RotaryEmbedding(config.rotary_dim, config.rope_parameters)
 
     def __call__(
@@ -31,12 +33,12 @@ class Attention(nn.Module):
     ) -> mx.array:
         """x [B, T, D] -> [B, T, D]; mask: "causal", None (one token), or bool [B, 1, T, S]; positions as in `rope`."""
         B, T, _ = x.shape
-        heads = self.q_proj(x).reshape(B, T, self.num_heads, 2 * self.head_dim)
-        q, gate = mx.split(heads, 2, axis=-1)
-        k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        q_and_gate, k, v = self._qkv(self, x)
+        q_and_gate = q_and_gate.reshape(B, T, self.num_heads, 2 * self.head_dim)
+        q, gate = mx.split(q_and_gate, 2, axis=-1)
+        k, v = (y.reshape(B, T, self.num_kv_heads, self.head_dim) for y in (k, v))
         if positions is None and heads_are_fused(self.head_dim, self._rope.dims):
-            q, k = qk_norm_rope(heads, k, self._head_norms(), cache.offset)
+            q, k = qk_norm_rope(q_and_gate, k, self._head_norms(), cache.offset)
         else:
             q, k = (y.transpose(0, 2, 1, 3) for y in (self.q_norm(q), self.k_norm(k)))  # [B, H, T, Dh]
             q, k = (self._rope(y, cache.offset, positions) for y in (q, k))

@@ -10,6 +10,7 @@ from qwen_mlx.kernels.causal_conv1d import causal_conv1d
 from qwen_mlx.kernels.gated_delta import gated_delta_rule
 from qwen_mlx.kernels.gated_delta_step import StepWeights, gated_delta_step, step_is_fused
 from qwen_mlx.model.norm import GatedRMSNorm
+from qwen_mlx.model.projection import JointProjection
 
 
 class Convolution(nn.Module):
@@ -38,19 +39,22 @@ class GatedDeltaNet(nn.Module):
         self.dt_bias = mx.zeros((self.num_value_heads,), mx.float32)
         self.norm = GatedRMSNorm(self.value_dim, config.rms_norm_eps)
         self.out_proj = nn.Linear(values, D, bias=False)
+        self._qkv_and_z = JointProjection("in_proj_qkv", "in_proj_z")
+        self._a_and_b = JointProjection("in_proj_a", "in_proj_b")
 
     def __call__(self, x: mx.array, cache: RecurrentCache, tokens: mx.array | None) -> mx.array:
         """x [B, T, D] -> [B, T, D]; `tokens` bool [B, T], False on left padding."""
         B, T, _ = x.shape
         conv_state, state = self._states(cache, B, x.dtype)
+        qkv, z = self._qkv_and_z(self, x)
         if T == 1 and tokens is None and step_is_fused(conv_state, state):
-            projected = self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_a(x), self.in_proj_b(x)
+            a, b = self._a_and_b(self, x)
             weights = StepWeights(self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight, self.norm.eps)
-            y, conv_state, state = gated_delta_step(projected, weights, conv_state, state)
+            y, conv_state, state = gated_delta_step((qkv, z, a, b), weights, conv_state, state)
         else:
             # Padding is zeroed before the convolution: k = v = 0 leaves an empty state empty.
             q, k, v, conv_state = causal_conv1d(
-                self.in_proj_qkv(x),
+                qkv,
                 self.conv1d.weight,
                 conv_state,
                 key_heads=self.num_key_heads,
@@ -59,7 +63,7 @@ class GatedDeltaNet(nn.Module):
             )
             heads = (B, T, self.num_value_heads, self.value_dim)
             o, state = gated_delta_rule(q, k, v.reshape(heads), *self._gates(x), state)
-            y = self.norm(o, self.in_proj_z(x).reshape(heads)).reshape(B, T, -1)
+            y = self.norm(o, z.reshape(heads)).reshape(B, T, -1)
         cache.conv_state, cache.recurrent_state = conv_state, state
         return self.out_proj(y)
 

@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwen_mlx.kernels.activations import swiglu
+from qwen_mlx.model.projection import JointProjection
 
 
 class MLP(nn.Module):
@@ -14,6 +15,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, size, bias=False)
+        self._gate_and_up = JointProjection("gate_proj", "up_proj")
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*self._gate_and_up(self, x)))
