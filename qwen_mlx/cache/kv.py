@@ -11,24 +11,22 @@ class KVCache:
     def __init__(self) -> None:
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
-        self.offset = 0
+        self.offset: int = 0
 
     def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append `keys` and `values` [B, Hkv, T, Dh]; returns all that is held, [B, Hkv, offset, Dh] each."""
         start, end = self.offset, self.offset + keys.shape[2]
-        self.keys = self._write(self.keys, keys, start, end)
-        self.values = self._write(self.values, values, start, end)
+        self.keys, self.values = _with_room(self.keys, keys, start, end), _with_room(self.values, values, start, end)
+        self.keys[:, :, start:end] = keys
+        self.values[:, :, start:end] = values
         self.offset = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def _write(self, slab: mx.array | None, new: mx.array, start: int, end: int) -> mx.array:
-        if slab is None or end > slab.shape[2]:
-            B, H, _, D = new.shape
-            missing = -(-end // SLAB) * SLAB - start
-            room = mx.zeros((B, H, missing, D), new.dtype)
-            slab = room if slab is None else mx.concatenate([slab[:, :, :start], room], axis=2)
-        slab[:, :, start:end] = new
-        return slab
+    def make_room(self) -> None:
+        """Let the slabs, which hold something already, take one more token."""
+        if self.keys is not None and self.values is not None:
+            start, end = self.offset, self.offset + 1
+            self.keys, self.values = (_with_room(slab, slab, start, end) for slab in (self.keys, self.values))
 
     def snapshot(self) -> tuple[mx.array | None, mx.array | None, int]:
         # A second reference to a slab makes the next write copy it, so what a snapshot holds is never written over.
@@ -41,6 +39,32 @@ class KVCache:
     @property
     def arrays(self) -> list[mx.array]:
         return [a for a in (self.keys, self.values) if a is not None]
+
+
+class TracedKVCache:
+    """The slabs of a `KVCache` while a graph is made that must hold for every offset: it is an array here."""
+
+    def __init__(self, keys: mx.array, values: mx.array, offset: mx.array) -> None:
+        self.keys, self.values, self.offset = keys, values, offset
+
+    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write `keys` and `values` [B, Hkv, T, Dh] at the offset, where there is room; returns both slabs whole."""
+        self.keys = mx.slice_update(self.keys, keys, self.offset, axes=(2,))
+        self.values = mx.slice_update(self.values, values, self.offset, axes=(2,))
+        return self.keys, self.values
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.keys, self.values]
+
+
+def _with_room(slab: mx.array | None, like: mx.array, start: int, end: int) -> mx.array:
+    """`slab`, of which `start` tokens are filled, or one that is longer by steps of SLAB if `end` lies beyond it."""
+    if slab is not None and end <= slab.shape[2]:
+        return slab
+    B, H, _, D = like.shape
+    room = mx.zeros((B, H, -(-end // SLAB) * SLAB - start, D), like.dtype)
+    return room if slab is None else mx.concatenate([slab[:, :, :start], room], axis=2)
 
 
 def _reference(slab: mx.array | None) -> mx.array | None:

@@ -21,7 +21,7 @@ def decode(
     for remaining in range(count - 1, -1, -1):
         current, row = token, logits[0]
         if remaining:
-            logits = model(current[:, None], cache)[:, -1]
+            logits = model.step(current[:, None], cache)
             token = sampler(logits)
             mx.async_eval(token)
         if remaining % 256 == 0:

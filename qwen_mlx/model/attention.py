@@ -3,7 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from qwen_mlx.cache.kv import KVCache
+from qwen_mlx.cache.kv import KVCache, TracedKVCache
 from qwen_mlx.config import TextConfig
 from qwen_mlx.kernels.activations import sigmoid
 from qwen_mlx.kernels.qk_norm_rope import HeadNorms, heads_are_fused, qk_norm_rope
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self._rope = RotaryEmbedding(config.rotary_dim, config.rope_parameters)
 
     def __call__(
-        self, x: mx.array, cache: KVCache, mask: mx.array | str | None, positions: mx.array | None
+        self, x: mx.array, cache: KVCache | TracedKVCache, mask: mx.array | str | None, positions: mx.array | None
     ) -> mx.array:
         """x [B, T, D] -> [B, T, D]; mask: "causal", None (one token), or bool [B, 1, T, S]; positions as in `rope`."""
         B, T, _ = x.shape

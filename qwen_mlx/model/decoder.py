@@ -1,11 +1,12 @@
 """Embeddings to hidden states: the stack of layers and the final norm."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 
-from qwen_mlx.cache.kv import KVCache
+from qwen_mlx.cache.kv import KVCache, TracedKVCache
 from qwen_mlx.cache.recurrent import RecurrentCache
-from qwen_mlx.cache.sequence import SequenceCache
 from qwen_mlx.config import FULL, TextConfig
 from qwen_mlx.model.attention import Attention
 from qwen_mlx.model.gated_deltanet import GatedDeltaNet
@@ -13,6 +14,8 @@ from qwen_mlx.model.mlp import MLP
 from qwen_mlx.model.moe import SparseMoeBlock
 from qwen_mlx.model.norm import RMSNorm
 from qwen_mlx.model.span import Span
+
+LayerCache = KVCache | TracedKVCache | RecurrentCache
 
 
 class DecoderLayer(nn.Module):
@@ -30,14 +33,14 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(D, eps)
 
     def __call__(
-        self, x: mx.array, update: mx.array | None, cache: KVCache | RecurrentCache, span: Span
+        self, x: mx.array, update: mx.array | None, cache: LayerCache, span: Span
     ) -> tuple[mx.array, mx.array]:
         """The residual stream x [B, T, D] and what the layer before adds to it -> the same of this layer."""
         x, normed = self.input_layernorm.of_sum(x, update)
-        if isinstance(cache, KVCache):
-            mixed = self.self_attn(normed, cache, span.attention, span.positions)
-        else:
+        if isinstance(cache, RecurrentCache):
             mixed = self.linear_attn(normed, cache, span.tokens)
+        else:
+            mixed = self.self_attn(normed, cache, span.attention, span.positions)
         x, normed = self.post_attention_layernorm.of_sum(x, mixed)
         return x, self.mlp(normed)
 
@@ -49,9 +52,9 @@ class Decoder(nn.Module):
         self.layers = [DecoderLayer(config, layer_type) for layer_type in config.layer_types]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, cache: SequenceCache, span: Span) -> mx.array:
-        """x [B, T, D] -> [B, T, D], after the final norm."""
+    def __call__(self, x: mx.array, caches: Sequence[LayerCache], span: Span) -> mx.array:
+        """x [B, T, D] -> [B, T, D], after the final norm; `caches` one for each layer."""
         update = None
-        for layer, layer_cache in zip(self.layers, cache.layers):
+        for layer, layer_cache in zip(self.layers, caches):
             x, update = layer(x, update, layer_cache, span)
         return self.norm.of_sum(x, update)[1]

@@ -9,8 +9,10 @@ from qwen_mlx.cache.kv import KVCache
 from qwen_mlx.cache.recurrent import RecurrentCache
 from qwen_mlx.cache.sequence import SequenceCache
 from qwen_mlx.config import FULL, ModelConfig
-from qwen_mlx.model.decoder import Decoder
-from qwen_mlx.model.span import make_span
+from qwen_mlx.kernels.backend import gpu_generation
+from qwen_mlx.model.decoder import Decoder, LayerCache
+from qwen_mlx.model.span import Span, make_span
+from qwen_mlx.model.step import CompiledStep
 
 
 class Qwen(nn.Module):
@@ -21,6 +23,7 @@ class Qwen(nn.Module):
         self.config = config
         self.dtype = mx.float32  # of the activations; `load` sets it
         self.model = Decoder(config.text)
+        self._compiled_step: CompiledStep | None = None
         if not config.text.tie_word_embeddings:
             self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
 
@@ -39,13 +42,25 @@ class Qwen(nn.Module):
         `positions` [3, B, T] (time, height, width) where images make them differ from the place in the sequence.
         """
         span = make_span(x.shape[1], cache.offset, left_padding=cache.left_padding, positions=positions)
-        return self.model(x, cache, span)
+        return self.model(x, cache.layers, span)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden [B, T, D] -> [B, T, V], padding rows of the vocabulary included."""
         if self.config.text.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(hidden)
         return self.lm_head(hidden)
+
+    def step(self, tokens: mx.array, cache: SequenceCache) -> mx.array:
+        """One more token for each row behind what `cache` holds: tokens [B, 1] -> logits [B, V]."""
+        if gpu_generation() is None:  # without Metal, compiling needs a C++ compiler
+            return self(tokens, cache)[:, -1]
+        if self._compiled_step is None:
+            mx.eval(self.parameters())
+            self._compiled_step = CompiledStep(self._forward, self.config.text.layer_types)
+        return self._compiled_step(tokens, cache)[:, -1]
+
+    def _forward(self, tokens: mx.array, caches: Sequence[LayerCache], span: Span) -> mx.array:
+        return self.logits(self.model(self.embed(tokens), caches, span))
 
     def __call__(self, tokens: mx.array, cache: SequenceCache | None = None) -> mx.array:
         """tokens [B, T] -> logits [B, T, V]; without a cache the sequence is forgotten."""

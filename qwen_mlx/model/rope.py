@@ -23,7 +23,7 @@ class RotaryEmbedding:
         _, height, width = parameters.mrope_section
         self._axis = np.where((j % 3 == 1) & (j < 3 * height), 1, np.where((j % 3 == 2) & (j < 3 * width), 2, 0))
 
-    def __call__(self, x: mx.array, offset: int, positions: mx.array | None = None) -> mx.array:
+    def __call__(self, x: mx.array, offset: int | mx.array, positions: mx.array | None = None) -> mx.array:
         """Rotate x [B, H, T, Dh]: token t stands at `offset + t`, or at `positions` [3, B, T] where they are given."""
         if positions is None:
             return mx.fast.rope(x, self.dims, traditional=False, base=self.base, scale=1.0, offset=offset)

@@ -1,0 +1,129 @@
+"""The compiled decode step: the bits of the eager one, over every growth of the slabs, and traced no more than that."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from qwen_mlx.cache.kv import SLAB
+from qwen_mlx.cache.sequence import SequenceCache
+from qwen_mlx.model.qwen import Qwen
+from qwen_mlx.model.step import CompiledStep
+from tests import metal_emulator
+from tests.golden.checkpoints import VARIANTS
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> None:
+    """Without Metal, MLX compiles with g++."""
+    metal_emulator.require()
+
+
+class CountedStep(CompiledStep):
+    """Counts how often its graph is made."""
+
+    traces = 0
+
+    def _trace(self, *arguments: object) -> list[mx.array]:
+        self.traces += 1
+        return super()._trace(*arguments)  # type: ignore[arg-type]
+
+
+def step_of(model: Qwen) -> CountedStep:
+    mx.eval(model.parameters())
+    return CountedStep(model._forward, model.config.text.layer_types)
+
+
+def prompt(rows: int, tokens: int) -> mx.array:
+    return mx.array(np.random.RandomState(tokens).randint(0, 352, (rows, tokens)))
+
+
+def after_prompt(model: Qwen, rows: int, tokens: int, padding: list[int] | None = None) -> SequenceCache:
+    cache = model.make_cache(padding)
+    mx.eval(model(prompt(rows, tokens), cache), cache.arrays)
+    return cache
+
+
+def largest_difference(model: Qwen, step: CompiledStep, caches: list[SequenceCache], count: int) -> float:
+    """Of any logit over `count` tokens, each the eager model's choice, which both then take in."""
+    eager, compiled = caches
+    token, worst = prompt(eager.arrays[0].shape[0], 1), 0.0
+    for _ in range(count):
+        logits, ours = model(token, eager), step(token, compiled)
+        worst = max(worst, float(mx.abs(logits - ours).max().item()))
+        token = mx.argmax(logits[:, -1], axis=-1)[:, None]
+    return worst
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bits_of_the_eager_model(variant: str, model_of: Callable[[str, str], Qwen]) -> None:
+    model = model_of(variant, "float32")
+    caches = [after_prompt(model, 1, SLAB - 3) for _ in range(2)]
+    assert largest_difference(model, step_of(model), caches, 6) == 0
+    assert caches[0].offset == caches[1].offset == SLAB + 3
+
+
+def test_bits_of_the_eager_model_in_bfloat16(model_of: Callable[[str, str], Qwen]) -> None:
+    model = model_of("b-r2-d64", "bfloat16")
+    caches = [after_prompt(model, 1, 20) for _ in range(2)]
+    assert largest_difference(model, step_of(model), caches, 6) == 0
+
+
+@pytest.mark.parametrize("padding", [None, [0, 0, 0], [3, 0, 19]], ids=["no_padding", "zeros", "padded_rows"])
+def test_rows_of_a_batch(padding: list[int] | None, model_of: Callable[[str, str], Qwen]) -> None:
+    model = model_of("b-r2-d64", "float32")
+    caches = [after_prompt(model, 3, 20, padding) for _ in range(2)]
+    assert largest_difference(model, step_of(model), caches, 4) == 0
+
+
+@pytest.mark.parametrize(("start", "count", "traces"), [(5, 20, 1), (SLAB - 5, 20, 2), (SLAB - 1, 1, 1), (SLAB, 1, 1)])
+def test_traced_once_for_a_length_of_the_slabs(
+    start: int, count: int, traces: int, model_of: Callable[[str, str], Qwen]
+) -> None:
+    model = model_of("b-r2-d64", "float32")
+    step, cache = step_of(model), after_prompt(model, 1, start)
+    for i in range(count):
+        mx.eval(step(prompt(1, i + 1)[:, -1:], cache))
+    assert step.traces == traces
+
+
+def test_another_sequence_at_another_place_takes_the_same_graph(model_of: Callable[[str, str], Qwen]) -> None:
+    model = model_of("b-r2-d64", "float32")
+    step = step_of(model)
+    assert largest_difference(model, step, [after_prompt(model, 1, 7) for _ in range(2)], 3) == 0
+    assert largest_difference(model, step, [after_prompt(model, 1, 100) for _ in range(2)], 3) == 0
+    assert step.traces == 1
+
+
+def test_a_snapshot_stays_what_it_was(model_of: Callable[[str, str], Qwen]) -> None:
+    model = model_of("b-r2-d64", "float32")
+    step, cache = step_of(model), after_prompt(model, 1, 20)
+    snapshot = cache.snapshot()
+    first = np.array(step(prompt(1, 1), cache))
+    mx.eval(step(prompt(1, 2)[:, -1:], cache))
+    cache.restore(snapshot)
+    assert cache.offset == 20
+    assert np.array_equal(np.array(step(prompt(1, 1), cache)), first)
+
+
+def test_slabs_are_written_in_place(model_of: Callable[[str, str], Qwen]) -> None:
+    """A step that copied its slabs of 64 MiB would show in the peak."""
+    model = model_of("b-r2-d64", "float32")
+    step, cache = step_of(model), after_prompt(model, 1, 5)
+    for layer in cache.layers:
+        if hasattr(layer, "keys"):
+            _, heads, _, size = layer.keys.shape
+            layer.keys, layer.values = (mx.zeros((1, heads, 2**24 // (heads * size), size)) for _ in range(2))
+    mx.eval(cache.arrays, step(prompt(1, 1), cache))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(step(prompt(1, 1), cache), cache.arrays)
+    assert mx.get_peak_memory() - before < 2**26
+
+
+def test_without_metal_the_model_steps_eagerly(model_of: Callable[[str, str], Qwen]) -> None:
+    model = model_of("b-r2-d64", "float32")
+    cache = after_prompt(model, 1, 5)
+    assert model.step(prompt(1, 1), cache).shape == (1, model.config.text.vocab_size)
+    assert model._compiled_step is None
