@@ -62,8 +62,8 @@ class ScriptedModel:
         token = next(self._reply)
         return (mx.arange(self.config.text.vocab_size) == token)[None, None].astype(mx.float32) * self._height
 
-    def __call__(self, tokens: mx.array, cache: SequenceCache) -> mx.array:
-        return self.logits(tokens)
+    def step(self, tokens: mx.array, cache: SequenceCache) -> mx.array:
+        return self.logits(tokens)[:, -1]
 
 
 def scripted(reply: str | Sequence[int], **options: Any) -> list[GenerationResponse]:
