@@ -5,7 +5,10 @@ from collections.abc import Sequence
 
 from qwen_mlx.cli import Parser
 
-BENCHES = {"kernels": "bytes, time floors and, on a Mac, times of every Metal kernel"}
+BENCHES = {
+    "kernels": "bytes, time floors and, on a Mac, times of every Metal kernel",
+    "model": "speed, memory and start-up of a model, beside mlx-lm if asked for",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,7 +21,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.bench not in BENCHES:
         wrong = f"there is no bench {args.bench}" if args.bench else "a bench is missing"
         parser.error(f"{wrong}; the benches are {', '.join(BENCHES)}")
-    # The only bench so far; imported here, so that the help needs no MLX.
+    {"kernels": _kernels, "model": _model}[args.bench](args.options)
+
+
+# Imported when they are asked for, so that the help needs no MLX.
+def _kernels(options: Sequence[str]) -> None:
     from qwen_mlx.bench import kernels
 
-    kernels.main(args.options)
+    kernels.main(options)
+
+
+def _model(options: Sequence[str]) -> None:
+    from qwen_mlx.bench import model
+
+    model.main(options)

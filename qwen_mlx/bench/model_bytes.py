@@ -1,0 +1,77 @@
+"""The bytes that one decode step must read and write, counted from a loaded model, and the share of a chip's bandwidth.
+
+A bound, not a measurement: each byte once, whatever an engine does. Images and the draft head are not loaded.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qwen_mlx.bench.chips import Chip
+from qwen_mlx.bench.model_engines import parameters
+from qwen_mlx.config import FULL
+from qwen_mlx.model.qwen import Qwen
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """`weights` and `kv` are read; `states`, convolutional and recurrent, are read and written."""
+
+    weights: int
+    kv: int
+    states: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.states
+
+    def share(self, chip: Chip, tokens_per_second: float) -> float:
+        """Of the bandwidth published for `chip`, at this rate."""
+        return chip.floor_us(self.total) * 1e-6 * tokens_per_second
+
+
+def step_bytes(model: Qwen, context: float) -> StepBytes:
+    """Of the step that draws a token with `context` tokens in the cache, its own input included."""
+    return StepBytes(_weights(model), round(_kv_bytes_a_token(model) * context), _states(model))
+
+
+def mean_context(prompt_tokens: int, generated_tokens: int) -> float:
+    """Of the steps that are timed: those that draw the second to the last token."""
+    return prompt_tokens + generated_tokens / 2
+
+
+def _weights(model: Qwen) -> int:
+    """All that a token meets: of the experts the chosen ones, of an embedding that is not the head as well one row."""
+    config = model.config.text
+    total = 0
+    for name, array in parameters(model).items():
+        if ".switch_mlp." in name and config.moe:
+            total += array.nbytes * config.moe.num_experts_per_tok // config.moe.num_experts
+        elif ".embed_tokens." in name and not config.tie_word_embeddings:
+            total += array.nbytes // config.vocab_size
+        else:
+            total += array.nbytes
+    return total
+
+
+def _kv_bytes_a_token(model: Qwen) -> int:
+    config = model.config.text
+    layers = config.layer_types.count(FULL)
+    return layers * 2 * config.num_key_value_heads * config.head_dim * model.dtype.size
+
+
+def _states(model: Qwen) -> int:
+    config = model.config.text
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    conv_state = (config.linear_conv_kernel_dim - 1) * (2 * keys + values) * model.dtype.size
+    recurrent_state = values * config.linear_key_head_dim * mx.float32.size
+    layers = len(config.layer_types) - config.layer_types.count(FULL)
+    return layers * 2 * (conv_state + recurrent_state)
+
+
+def quantization(model: nn.Module) -> str:
+    """The forms in which matrices are packed: "4 bit by 64, affine", several joined, or "none"."""
+    forms = {(m.bits, m.group_size, m.mode) for _, m in model.named_modules() if hasattr(m, "group_size")}
+    return " and ".join(f"{bits} bit by {size}, {mode}" for bits, size, mode in sorted(forms)) or "none"
