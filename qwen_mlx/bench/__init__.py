@@ -7,6 +7,7 @@ from qwen_mlx.cli import Parser
 
 BENCHES = {
     "kernels": "bytes, time floors and, on a Mac, times of every Metal kernel",
+    "launches": "kernels that a decoded token launches on Metal, beside mlx-lm's",
     "model": "speed, memory and start-up of a model, beside mlx-lm if asked for",
 }
 
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.bench not in BENCHES:
         wrong = f"there is no bench {args.bench}" if args.bench else "a bench is missing"
         parser.error(f"{wrong}; the benches are {', '.join(BENCHES)}")
-    {"kernels": _kernels, "model": _model}[args.bench](args.options)
+    {"kernels": _kernels, "launches": _launches, "model": _model}[args.bench](args.options)
 
 
 # Imported when they are asked for, so that the help needs no MLX.
@@ -29,6 +30,12 @@ def _kernels(options: Sequence[str]) -> None:
     from qwen_mlx.bench import kernels
 
     kernels.main(options)
+
+
+def _launches(options: Sequence[str]) -> None:
+    from qwen_mlx.bench import launches
+
+    launches.main(options)
 
 
 def _model(options: Sequence[str]) -> None:

@@ -16,15 +16,15 @@ class JointProjection:
 
     def __init__(self, *names: str) -> None:
         self.names = names
-        self._fused: nn.Module | None = None
+        self.fused: nn.Module | None = None
         self._splits: list[int] = []
 
     def __call__(self, module: nn.Module, x: mx.array) -> list[mx.array]:
         """x [B, T, D] -> one [B, T, n] for each name, n its number of outputs."""
         # Of more than one token the parts would not be contiguous, and what reads them would copy them first.
-        if self._fused is None or x.size > x.shape[-1]:
+        if self.fused is None or x.size > x.shape[-1]:
             return [module[name](x) for name in self.names]
-        return list(mx.split(self._fused(x), self._splits, axis=-1))
+        return list(mx.split(self.fused(x), self._splits, axis=-1))
 
     def fuse(self, module: nn.Module) -> None:
         """Lay the weights one behind the other, where they are of one kind; those of `module` become views of them.
@@ -41,7 +41,7 @@ class JointProjection:
             setattr(fused, name, whole)
             for layer, start, stop in zip(layers, [0, *stops], stops):
                 setattr(layer, name, whole[start:stop])
-        self._fused, self._splits = fused, stops[:-1]
+        self.fused, self._splits = fused, stops[:-1]
 
 
 def fuse_projections(model: nn.Module) -> None:
