@@ -17,6 +17,7 @@ import mlx.core as mx
 from qwen_mlx.chat.template import render
 from qwen_mlx.cli import Parser, Progress, positive, read_prompt, run
 from qwen_mlx.decoding.autoregressive import decode
+from qwen_mlx.decoding.memory import device_limits
 from qwen_mlx.decoding.prefill import prefill
 from qwen_mlx.decoding.sampling import Sampler, SamplingParams, default_params
 from qwen_mlx.decoding.stop import StopStrings
@@ -75,40 +76,41 @@ def stream_generate(
     is_thinking = tokenizer.decode(tokens[-4:]).rstrip().endswith("<think>")
     params = replace(params or recommended_params(model, thinking=is_thinking), **sampling)
     sampler = Sampler(params, tokens, vocab_size=model.config.text.vocab_size, num_real_tokens=tokenizer.vocab_size)
-    mx.reset_peak_memory()
-    cache = model.make_cache()
-    logits = prefill(model, tokens, cache, step_size=prefill_step_size, progress=progress)
-    if not mx.isfinite(logits).all().item():
-        broken = ", ".join(weights_with_nan(model)[:4]) or "the activations overflow; try dtype bfloat16 or float32"
-        raise CheckpointError(f"The model's logits are not numbers: {broken}.")
-    eos = {*model.config.eos_token_ids, tokenizer.eos_token_id}
-    detokenizer, stops = tokenizer.detokenizer(skip_special_tokens=True), StopStrings(params.stop)
-    count = min(params.max_tokens, room)
-    for n, (token, row) in enumerate(decode(model, logits, cache, sampler, count=count), start=1):
-        now = time.perf_counter()
-        if n == 1:
-            first = now
-        row = row.astype(mx.float32)
-        text, met = ("", False) if token in eos else stops.feed(detokenizer.add(token))
-        finish = "stop" if met or token in eos else "length" if n == count else None
-        if finish and not met:
-            rest, met = stops.feed(detokenizer.finish())
-            text += rest + ("" if met else stops.flush())
-        yield GenerationResponse(
-            text=text,
-            token=token,
-            logprobs=row - mx.logsumexp(row),
-            from_draft=False,
-            prompt_tokens=len(tokens),
-            prompt_tps=len(tokens) / (first - start),
-            generation_tokens=n,
-            generation_tps=(n - 1) / (now - first) if n > 1 else 0.0,
-            peak_memory=mx.get_peak_memory() / 1e9,
-            time_to_first_token=first - start,
-            finish_reason=finish,
-        )
-        if finish:
-            return
+    with device_limits():
+        mx.reset_peak_memory()
+        cache = model.make_cache()
+        logits = prefill(model, tokens, cache, step_size=prefill_step_size, progress=progress)
+        if not mx.isfinite(logits).all().item():
+            broken = ", ".join(weights_with_nan(model)[:4]) or "the activations overflow; try dtype bfloat16 or float32"
+            raise CheckpointError(f"The model's logits are not numbers: {broken}.")
+        eos = {*model.config.eos_token_ids, tokenizer.eos_token_id}
+        detokenizer, stops = tokenizer.detokenizer(skip_special_tokens=True), StopStrings(params.stop)
+        count = min(params.max_tokens, room)
+        for n, (token, row) in enumerate(decode(model, logits, cache, sampler, count=count), start=1):
+            now = time.perf_counter()
+            if n == 1:
+                first = now
+            row = row.astype(mx.float32)
+            text, met = ("", False) if token in eos else stops.feed(detokenizer.add(token))
+            finish = "stop" if met or token in eos else "length" if n == count else None
+            if finish and not met:
+                rest, met = stops.feed(detokenizer.finish())
+                text += rest + ("" if met else stops.flush())
+            yield GenerationResponse(
+                text=text,
+                token=token,
+                logprobs=row - mx.logsumexp(row),
+                from_draft=False,
+                prompt_tokens=len(tokens),
+                prompt_tps=len(tokens) / (first - start),
+                generation_tokens=n,
+                generation_tps=(n - 1) / (now - first) if n > 1 else 0.0,
+                peak_memory=mx.get_peak_memory() / 1e9,
+                time_to_first_token=first - start,
+                finish_reason=finish,
+            )
+            if finish:
+                return
 
 
 def generate(

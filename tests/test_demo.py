@@ -75,9 +75,10 @@ def test_loss_on_fresh_tales_is_transformers(demo, fresh_loss):
     assert fresh_loss(demo[0]) == pytest.approx(GOLDEN["fresh_tales"]["mean_loss"], abs=1e-4)
 
 
-def test_bfloat16_loses_little_on_fresh_tales(fresh_loss):
-    model, _ = load("demo", dtype="bfloat16")
-    assert np.exp(fresh_loss(model) - GOLDEN["fresh_tales"]["mean_loss"]) < 1.01
+@pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 1.01), ("float16", 1.001)])
+def test_16_bits_lose_little_on_fresh_tales(dtype, most, fresh_loss):
+    model, _ = load("demo", dtype=dtype)
+    assert np.exp(fresh_loss(model) - GOLDEN["fresh_tales"]["mean_loss"]) < most
 
 
 @pytest.mark.parametrize(("bits", "growth"), [(8, 1.01), (4, 1.05), (3, 1.3)])

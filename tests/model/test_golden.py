@@ -195,6 +195,21 @@ def test_bfloat16_is_nearer_to_float32_than_transformers_bfloat16(
     assert mean_kl(logits_of(length), rough) <= golden[f"bf16_kl_{length}"]
 
 
+@pytest.mark.parametrize("variant", DENSE, indirect=True)
+def test_float16_neither_overflows_nor_strays_as_far_as_bfloat16(
+    variant: str, logits_of: Callable[[int], np.ndarray], golden: Golden, model_of: Callable[[str, str], Qwen]
+) -> None:
+    """M1 and M2 run in float16: three bits more than bfloat16, and a range that ends at 65504."""
+    rough = prompt_logits(model_of(variant, "float16"), golden, 300)
+    assert np.isfinite(rough).all()
+    assert mean_kl(logits_of(300), rough) <= golden["bf16_kl_300"] / 8
+
+
+@pytest.mark.parametrize("variant", ["d-moe"], indirect=True)
+def test_float16_experts_do_not_overflow(golden: Golden, model_of: Callable[[str, str], Qwen]) -> None:
+    assert np.isfinite(prompt_logits(model_of("d-moe", "float16"), golden, 300)).all()
+
+
 @pytest.mark.parametrize("length", [65, 300])
 @pytest.mark.parametrize("variant", ["d-moe"], indirect=True)
 def test_bfloat16_experts(
