@@ -7,10 +7,12 @@ columns in the dtype of activations, all else in float32.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
 from qwen_mlx.kernels.activations import sigmoid, silu, softplus
+from qwen_mlx.kernels.add_rms_norm import ADD_RMS_NORM, add_rms_norm, metal_add_rms_norm, naive_add_rms_norm
 from qwen_mlx.kernels.backend import Kernel, distrusted
 from qwen_mlx.kernels.causal_conv1d import CONV, causal_conv1d, metal_causal_conv1d, naive_causal_conv1d
 from qwen_mlx.kernels.gated_delta import gated_delta_rule, naive_gated_delta_rule
@@ -31,7 +33,18 @@ from qwen_mlx.kernels.gated_delta_scan import (
     naive_gated_delta_scan,
 )
 from qwen_mlx.kernels.gated_delta_step import STEP, StepWeights, gated_delta_step, naive_gated_delta_step
-from qwen_mlx.kernels.random_inputs import EPS, Sizes, random_columns, random_state, random_step, random_tokens
+from qwen_mlx.kernels.qk_norm_rope import QK_NORM_ROPE, heads_fit, naive_qk_norm_rope, qk_norm_rope
+from qwen_mlx.kernels.random_inputs import (
+    EPS,
+    AttentionSizes,
+    Sizes,
+    random_columns,
+    random_heads,
+    random_state,
+    random_step,
+    random_sum,
+    random_tokens,
+)
 from qwen_mlx.kernels.self_check import DELTA_CHECKS
 
 Form = Callable[..., Sequence[mx.array]]
@@ -65,8 +78,8 @@ class Problem:
         return self.kernel.label in self.forms
 
 
-Maker = Callable[[Sizes, int], Problem]
-"""A problem of these sizes and so many tokens."""
+Maker = Callable[[Any, int], Problem]
+"""A problem of these sizes, of the Gated DeltaNet or the other layers, and so many tokens."""
 
 
 def step(sizes: Sizes, tokens: int) -> Problem:
@@ -165,6 +178,49 @@ def conv(sizes: Sizes, tokens: int) -> Problem:
     return Problem(CONV, tokens, inputs, forms, of_heads(naive_causal_conv1d), moved, carry=(3, 2))
 
 
+def residual(sizes: AttentionSizes, tokens: int) -> Problem:
+    """`add_rms_norm` of one token."""
+    assert tokens == 1
+    *inputs, eps = random_sum(sizes)
+
+    def with_eps(form: Form) -> Form:
+        return lambda *inputs: form(*inputs, eps)
+
+    forms: dict[str, Form] = {
+        ADD_RMS_NORM.label: with_eps(metal_add_rms_norm),
+        PLAIN: _plainly(with_eps(add_rms_norm)),
+    }
+    moved = _bytes(*inputs, *forms[PLAIN](*inputs)) + SCALAR_BYTES  # eps
+    return Problem(ADD_RMS_NORM, 1, tuple(inputs), forms, with_eps(naive_add_rms_norm), moved, carry=(0, 0))
+
+
+def heads(sizes: AttentionSizes, tokens: int) -> Problem:
+    """`qk_norm_rope` of one token."""
+    assert tokens == 1
+    q, k, norms, offset = random_heads(sizes)
+
+    def placed(form: Form) -> Form:
+        return lambda q, k: form(q, k, norms, offset)
+
+    def apart(q: mx.array, k: mx.array) -> Sequence[mx.array]:
+        results = []
+        for x, gain in (q[..., : sizes.head_dim], norms.q_gain), (k, norms.k_gain):
+            normed = mx.fast.rms_norm(x, gain, norms.eps).astype(x.dtype).transpose(0, 2, 1, 3)
+            rotary, base = norms.rotary_dim, norms.base
+            results.append(mx.fast.rope(normed, rotary, traditional=False, base=base, scale=1.0, offset=offset))
+        return results
+
+    forms: dict[str, Form] = {}
+    if heads_fit(sizes.head_dim, sizes.rotary_dim):
+        forms[QK_NORM_ROPE.label] = placed(qk_norm_rope)
+    forms[PLAIN] = apart
+    queries = q[..., : sizes.head_dim]  # the gates beside them are not read
+    tables = 4 * (norms.rotary_dim // 2) + 2 * SCALAR_BYTES  # frequencies, eps, offset
+    moved = _bytes(queries, k, norms.q_gain, norms.k_gain, *apart(q, k)) + tables
+    return Problem(QK_NORM_ROPE, 1, (q, k), forms, placed(naive_qk_norm_rope), moved, carry=(1, 1))
+
+
+ATTENTION_CASES: tuple[tuple[Maker, int], ...] = ((residual, 1), (heads, 1))
 CASES: tuple[tuple[Maker, int], ...] = (
     (step, 1),
     *((scan, T) for T in (2, 8, 16)),
@@ -195,7 +251,7 @@ def _plainly(operation: Form) -> Form:
 @contextmanager
 def _no_kernels() -> Iterator[None]:
     before = set(distrusted)
-    distrusted.update(kernel.label for kernel in DELTA_CHECKS)
+    distrusted.update(kernel.label for kernel in (*DELTA_CHECKS, ADD_RMS_NORM))
     try:
         yield
     finally:

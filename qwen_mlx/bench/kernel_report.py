@@ -8,7 +8,7 @@ from qwen_mlx.bench.chips import CHIPS, Chip
 from qwen_mlx.bench.kernel_problems import PLAIN, Problem
 from qwen_mlx.bench.kernel_timing import Measured, winner
 from qwen_mlx.bench.kernel_traffic import Traffic
-from qwen_mlx.kernels.random_inputs import Sizes
+from qwen_mlx.kernels.random_inputs import AttentionSizes, Sizes
 
 LEGEND = """\
 must move: each byte of inputs and outputs once. distinct: each byte that the kernel reads and each that it writes,
@@ -28,8 +28,11 @@ class Row:
     measured: dict[str, Measured]
 
 
-def title(models: str, sizes: Sizes) -> str:
+def title(models: str, sizes: Sizes | AttentionSizes) -> str:
     dtype = str(sizes.dtype).removeprefix("mlx.core.")
+    if isinstance(sizes, AttentionSizes):
+        heads = f"{sizes.query_heads} query and {sizes.kv_heads} key heads x {sizes.head_dim}"
+        return f"{models}: hidden size {sizes.hidden_size}; {heads}, {sizes.rotary_dim} rotated; {dtype}"
     heads = f"{sizes.key_heads} key heads x {sizes.key_dim}, {sizes.value_heads} value heads x {sizes.value_dim}"
     return f"{models}: {heads}; {sizes.channels} channels in {dtype}, {sizes.taps} taps"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_mlx.bench.kernel_problems import Maker, Problem
 from qwen_mlx.errors import QwenMLXError
-from qwen_mlx.kernels.random_inputs import Sizes
+from qwen_mlx.kernels.random_inputs import AttentionSizes, Sizes
 
 COUNTED = (16, 32)
 
@@ -33,7 +33,7 @@ class Traffic:
     counted_at: tuple[int, ...]
 
 
-def traffic(make: Maker, sizes: Sizes, tokens: int) -> Traffic:
+def traffic(make: Maker, sizes: Sizes | AttentionSizes, tokens: int) -> Traffic:
     """Of the kernel of `make`, which must fit `sizes`. Raises NoEmulator."""
     lengths = lengths_to_count(tokens)
     first, *further = (_count(make(sizes, T)) for T in lengths)

@@ -13,21 +13,26 @@ from importlib.metadata import version
 import mlx.core as mx
 
 from qwen_mlx.bench.chips import CHIPS, Chip, recognise
-from qwen_mlx.bench.kernel_problems import CASES, Maker
+from qwen_mlx.bench.kernel_problems import ATTENTION_CASES, CASES, Maker
 from qwen_mlx.bench.kernel_report import LEGEND, Row, as_object, bytes_table, times_table, title
 from qwen_mlx.bench.kernel_timing import measure
 from qwen_mlx.bench.kernel_traffic import NoEmulator, Traffic, lengths_to_count, traffic
 from qwen_mlx.cli import Parser, Progress, positive
 from qwen_mlx.kernels import backend
-from qwen_mlx.kernels.random_inputs import Sizes
+from qwen_mlx.kernels.random_inputs import AttentionSizes, Sizes
 
+Shape = Sizes | AttentionSizes
 TAPS = 4
 LARGEST = 256
 # In their linear attention 0.8B and 2B have the same heads, and 4B and 9B have; they differ in hidden size and layers,
 # which no kernel here sees.
-SHAPES = {
+SHAPES: dict[str, Shape] = {
     "0.8B, 2B": Sizes(16, 16, 128, 128, TAPS, mx.bfloat16),
     "4B, 9B": Sizes(16, 32, 128, 128, TAPS, mx.bfloat16),
+    "0.8B": AttentionSizes(1024, 8, 2, 256, 64, mx.bfloat16),
+    "2B": AttentionSizes(2048, 8, 2, 256, 64, mx.bfloat16),
+    "4B": AttentionSizes(2560, 16, 4, 256, 64, mx.bfloat16),
+    "9B": AttentionSizes(4096, 16, 4, 256, 64, mx.bfloat16),
 }
 
 
@@ -76,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _shapes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Sizes]:
+def _shapes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Shape]:
     given = {name: getattr(args, name) for name in ("key_heads", "value_heads", "key_dim", "value_dim")}
     if not any(given.values()):
         return SHAPES
@@ -91,9 +96,9 @@ def _shapes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[s
     return {"the shape given": sizes}
 
 
-def _rows(shapes: dict[str, Sizes], rounds: int) -> list[Row]:
+def _rows(shapes: dict[str, Shape], rounds: int) -> list[Row]:
     """Every kernel of every shape: timed over `rounds` if there are any, else counted."""
-    cases = [(models, sizes, make, T) for models, sizes in shapes.items() for make, T in CASES]
+    cases = [(models, sizes, make, T) for models, sizes in shapes.items() for make, T in _cases(sizes)]
     steps = [sum(lengths_to_count(T)) if not rounds else T for *_, T in cases]
     counter = _Counter()
     rows = []
@@ -109,13 +114,17 @@ def _rows(shapes: dict[str, Sizes], rounds: int) -> list[Row]:
     return rows
 
 
+def _cases(sizes: Shape) -> Sequence[tuple[Maker, int]]:
+    return CASES if isinstance(sizes, Sizes) else ATTENTION_CASES
+
+
 class _Counter:
     """Counts until there turns out to be no emulator, and keeps why."""
 
     def __init__(self) -> None:
         self.complaint = ""
 
-    def count(self, make: Maker, sizes: Sizes, tokens: int) -> Traffic | None:
+    def count(self, make: Maker, sizes: Shape, tokens: int) -> Traffic | None:
         if self.complaint:
             return None
         try:
@@ -125,7 +134,7 @@ class _Counter:
             return None
 
 
-def _print_tables(shapes: dict[str, Sizes], rows: Sequence[Row], chip: Chip | None) -> None:
+def _print_tables(shapes: dict[str, Shape], rows: Sequence[Row], chip: Chip | None) -> None:
     for models, sizes in shapes.items():
         own = [row for row in rows if row.models == models]
         print(title(models, sizes), *bytes_table(own), "", sep="\n")

@@ -25,7 +25,12 @@ class HeadNorms:
 
 def heads_are_fused(head_dim: int, rotary_dim: int) -> bool:
     """Whether `qk_norm_rope` has a kernel here for heads of this size."""
-    return QK_NORM_ROPE.usable and head_dim % 32 == 0 and rotary_dim % 64 == 0
+    return QK_NORM_ROPE.usable and heads_fit(head_dim, rotary_dim)
+
+
+def heads_fit(head_dim: int, rotary_dim: int) -> bool:
+    """Whether the kernel is written for heads of this size."""
+    return head_dim % 32 == 0 and rotary_dim % 64 == 0
 
 
 def qk_norm_rope(q: mx.array, k: mx.array, norms: HeadNorms, offset: int | mx.array) -> tuple[mx.array, mx.array]:

@@ -18,7 +18,7 @@ from qwen_mlx.kernels.gated_delta_chunk import CHUNK, metal_gated_delta_chunk
 from qwen_mlx.kernels.gated_delta_replay import REPLAY, metal_gated_delta_replay
 from qwen_mlx.kernels.gated_delta_scan import SCAN, SCAN_WITH_TAPE, metal_gated_delta_scan, naive_gated_delta_scan
 from qwen_mlx.kernels.gated_delta_step import STEP, gated_delta_step, naive_gated_delta_step
-from qwen_mlx.kernels.qk_norm_rope import QK_NORM_ROPE, heads_are_fused, naive_qk_norm_rope, qk_norm_rope
+from qwen_mlx.kernels.qk_norm_rope import QK_NORM_ROPE, heads_fit, naive_qk_norm_rope, qk_norm_rope
 from qwen_mlx.kernels.random_inputs import (
     AttentionSizes,
     Sizes,
@@ -46,7 +46,7 @@ def check_kernels(sizes: Sizes, attention: AttentionSizes) -> None:
     checks: dict[Kernel, Callable[[], Pair]] = {ADD_RMS_NORM: lambda: _check_sum(attention)}
     if kernels_fit(random_state(sizes), sizes.key_heads):
         checks |= {kernel: partial(check, sizes) for kernel, check in DELTA_CHECKS.items()}
-    if heads_are_fused(attention.head_dim, attention.rotary_dim):
+    if heads_fit(attention.head_dim, attention.rotary_dim):
         checks[QK_NORM_ROPE] = lambda: _check_heads(attention)
     wrong = [kernel.label for kernel, check in checks.items() if kernel.usable and not _agrees(check)]
     if wrong:

@@ -12,6 +12,7 @@ import pytest
 from qwen_mlx.bench import kernel_timing, kernel_traffic, main
 from qwen_mlx.bench.chips import CHIPS, recognise
 from qwen_mlx.bench.kernel_problems import (
+    ATTENTION_CASES,
     CASES,
     MLX,
     PLAIN,
@@ -28,11 +29,16 @@ from qwen_mlx.bench.kernel_traffic import NoEmulator, Traffic, traffic
 from qwen_mlx.bench.kernels import SHAPES
 from qwen_mlx.cli import run
 from qwen_mlx.kernels import backend
-from qwen_mlx.kernels.random_inputs import Sizes
+from qwen_mlx.kernels.random_inputs import AttentionSizes, Sizes
 from tests import metal_emulator
 from tests.metal_emulator.device import emulated_metal
 
 SMALL = Sizes(key_heads=1, value_heads=2, key_dim=32, value_dim=8, taps=4, dtype=mx.bfloat16)
+SMALL_HEADS = AttentionSizes(64, query_heads=2, kv_heads=1, head_dim=96, rotary_dim=64, dtype=mx.bfloat16)
+SMALL_CASES = [
+    *((make, SMALL, min(T, 20)) for make, T in CASES),
+    *((make, SMALL_HEADS, T) for make, T in ATTENTION_CASES),
+]
 SMALL_FLAGS = ["--key-heads", "1", "--value-heads", "2", "--key-dim", "32", "--value-dim", "8"]
 KiB, MiB = 2**10, 2**20
 
@@ -114,9 +120,9 @@ def test_every_bandwidth_has_a_source(chip):
 
 
 @pytest.mark.usefixtures("emulator")
-@pytest.mark.parametrize(("make", "tokens"), [(make, min(T, 20)) for make, T in CASES])
-def test_a_kernel_touches_every_byte_that_must_move_and_no_other(make, tokens):
-    assert traffic(make, SMALL, tokens).distinct == make(SMALL, tokens).bytes_to_move
+@pytest.mark.parametrize(("make", "sizes", "tokens"), SMALL_CASES)
+def test_a_kernel_touches_every_byte_that_must_move_and_no_other(make, sizes, tokens):
+    assert traffic(make, sizes, tokens).distinct == make(sizes, tokens).bytes_to_move
 
 
 # Two heads of eight rows: two SIMD-groups. Every lane loads g, beta and its own quarter of q, k and a row of S, which
@@ -154,10 +160,10 @@ def two_layers(monkeypatch):
 
 
 @pytest.mark.usefixtures("two_layers")
-@pytest.mark.parametrize(("make", "tokens"), [(make, min(T, 20)) for make, T in CASES])
-def test_every_form_is_right_and_timed(make, tokens):
+@pytest.mark.parametrize(("make", "sizes", "tokens"), SMALL_CASES)
+def test_every_form_is_right_and_timed(make, sizes, tokens):
     with emulated_metal(check=False):
-        problem = make(SMALL, tokens)
+        problem = make(sizes, tokens)
         measured = measure(problem, rounds=1)
     assert problem.kernel.label in measured
     assert [one.trouble for one in measured.values() if one.seconds is None] == []
@@ -217,8 +223,8 @@ def test_the_last_line_is_json_with_every_row(capsys):
     assert call() == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["bench"], result["metal"], result["rounds"]) == ("kernels", False, 0)
-    assert {row["models"] for row in result["rows"]} == {"0.8B, 2B", "4B, 9B"}
-    assert len(result["rows"]) == 2 * len(CASES)
+    assert {row["models"] for row in result["rows"]} == {"0.8B, 2B", "4B, 9B", "0.8B", "2B", "4B", "9B"}
+    assert len(result["rows"]) == 2 * len(CASES) + 4 * len(ATTENTION_CASES)
     one = result["rows"][0]
     assert (one["kernel"], one["tokens"], one["served_by"]) == ("gated_delta_step", 1, "gated_delta_step")
     assert (one["bytes_must_move"], one["bytes_moved_distinct"], one["bytes_moved_by_all_lanes"]) == (
