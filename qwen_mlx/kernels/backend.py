@@ -1,9 +1,9 @@
 """Metal or plain MLX: decided here once, from the machine this runs on; the one place that looks up `metal_kernel`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +27,17 @@ def read_generation(architecture: str) -> int:
     """The number in names such as "applegpu_g13g"; a GPU that does not say (a virtual one) counts as the first."""
     number = re.match(r"applegpu_g(\d+)", architecture)
     return int(number[1]) if number else 13
+
+
+def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """`function` of elementwise operations as one launch on Metal; elsewhere, where that needs a compiler, as it is."""
+    compiled = mx.compile(function, shapeless=True)
+
+    @wraps(function)
+    def call(*arrays: mx.array) -> mx.array:
+        return function(*arrays) if gpu_generation() is None else compiled(*arrays)
+
+    return call
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def gated_delta_rule(
 
         S = exp(g_t) S;   S = S + beta_t (v_t - S k_t) k_t^T;   o_t = S q_t          (arXiv:2412.06464, eq. 10)
 
-    q, k [B, T, Hk, Dk]; v [B, T, Hv, Dv]; g [B, T, Hv] log decay, float32, <= 0, -inf erases the state;
+    q, k [B, T, Hk, Dk] of one dtype; v [B, T, Hv, Dv]; g [B, T, Hv] log decay, float32, <= 0, -inf erases the state;
     beta [B, T, Hv] in 0..1; state [B, Hv, Dv, Dk] float32; mask [B, T] bool: False leaves the state as it is, and the
     output of that token means nothing. Value head j reads key head floor(j Hk / Hv). All arithmetic is float32.
 

@@ -32,6 +32,8 @@ def check_arguments(
         raise ValueError(f"q has shape {q.shape}: no token to process; pass at least one.")
     if Hv % Hk:
         raise ValueError(f"v {v.shape} has {Hv} heads, which is no multiple of the {Hk} heads of q {q.shape}.")
+    if k.dtype != q.dtype:
+        raise ValueError(f"k has dtype {k.dtype}; it must be that of q, {q.dtype}.")
     for name, x in ("g", g), ("state", state):  # 16 bits turn a decay of 0.999 into 1
         if x.dtype != mx.float32:
             raise ValueError(f"{name} has dtype {x.dtype}; it must be float32.")

@@ -105,7 +105,7 @@ def metal_gated_delta_scan(
     tokens, whole = (v.shape, mx.float32), (state.shape, mx.float32)
     return kernel(
         q,
-        k.astype(q.dtype),
+        k,
         v,
         g,
         beta,

@@ -5,7 +5,7 @@ import mlx.nn as nn
 
 from qwen_mlx.cache.kv import KVCache, TracedKVCache
 from qwen_mlx.config import TextConfig
-from qwen_mlx.kernels.activations import sigmoid
+from qwen_mlx.kernels.activations import sigmoid_gated
 from qwen_mlx.kernels.qk_norm_rope import HeadNorms, heads_are_fused, qk_norm_rope
 from qwen_mlx.model.norm import RMSNorm
 from qwen_mlx.model.projection import JointProjection
@@ -44,8 +44,7 @@ class Attention(nn.Module):
             q, k = (self._rope(y, cache.offset, positions) for y in (q, k))
         k, v = cache.update(k, v.transpose(0, 2, 1, 3))
         o = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
-        o = (o.transpose(0, 2, 1, 3) * sigmoid(gate)).astype(x.dtype)
-        return self.o_proj(o.reshape(B, T, -1))
+        return self.o_proj(sigmoid_gated(o.transpose(0, 2, 1, 3), gate).reshape(B, T, -1))
 
     def _head_norms(self) -> HeadNorms:
         return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self._rope.dims, self._rope.base)

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from qwen_mlx.kernels.activations import silu
+from qwen_mlx.kernels.activations import silu_gated
 from qwen_mlx.kernels.add_rms_norm import add_rms_norm
 
 
@@ -38,4 +38,4 @@ class GatedRMSNorm(nn.Module):
 
     def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
         normed = mx.fast.rms_norm(x.astype(mx.float32), self.weight, self.eps)
-        return (normed * silu(gate)).astype(gate.dtype)
+        return silu_gated(normed, gate)

@@ -182,6 +182,10 @@ def change(position, convert):
         (change(3, lambda g: g[..., :2]), r"g has shape \(2, 4, 2\); .* it must be \(2, 4, 4\)"),
         (change(4, lambda beta: beta[..., None]), r"beta has shape \(2, 4, 4, 1\); .* it must be \(2, 4, 4\)"),
         (change(5, lambda S: S.swapaxes(-1, -2)), r"state has shape \(2, 4, 32, 64\); .* it must be \(2, 4, 64, 32\)"),
+        (
+            change(1, lambda k: k.astype(mx.float16)),
+            "k has dtype mlx.core.float16; it must be that of q, mlx.core.float32",
+        ),
         (change(5, lambda S: S.astype(mx.bfloat16)), "state has dtype mlx.core.bfloat16; it must be float32"),
         (change(3, lambda g: g.astype(mx.float16)), "g has dtype mlx.core.float16; it must be float32"),
         (lambda inputs: [*(x[:, :0] for x in inputs[:5]), inputs[5]], r"q has shape \(2, 0, 2, 32\): no token"),

@@ -11,6 +11,7 @@ from mlx_lm.models import gated_delta
 from tests.metal_emulator import require, static_check
 from tests.metal_emulator.check import parser
 from tests.metal_emulator.check.source import mlx_include
+from tests.metal_emulator.launches import MATMUL, ROWSUM
 from tests.metal_emulator.signature import generate
 
 
@@ -21,52 +22,8 @@ def needs_the_emulator() -> None:
 
 DTYPES = [pytest.param(dtype, id=str(dtype).split(".")[-1]) for dtype in (mx.float32, mx.float16, mx.bfloat16)]
 
-# Sums of the rows of x[R, C]; 128 threads a row.
-ROW_SUM = """
-    threadgroup float part[4];
-    uint row = threadgroup_position_in_grid.x, lid = thread_index_in_threadgroup;
-    float s = 0;
-    for (uint c = lid; c < C; c += 128) s += x[row * C + c];
-    s = simd_sum(s);
-    if (thread_index_in_simdgroup == 0) part[simdgroup_index_in_threadgroup] = s;
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (simdgroup_index_in_threadgroup == 0) {
-      float t = thread_index_in_simdgroup < 4 ? part[thread_index_in_simdgroup] : 0.0f;
-      t = simd_sum(t);
-      if (lid == 0) y[row] = static_cast<T>(t);
-    }
-"""
-
-# C[M, N] = A[M, K] @ B[K, N]; a threadgroup of two SIMD-groups makes a 16 x 16 tile.
-MATMUL = """
-    threadgroup T As[16 * 16];
-    threadgroup T Bs[16 * 16];
-    const uint sg = simdgroup_index_in_threadgroup;
-    const uint lid = thread_index_in_threadgroup;
-    const uint row0 = threadgroup_position_in_grid.y * 16, col0 = threadgroup_position_in_grid.x * 16;
-    simdgroup_matrix<float, 8, 8> acc[2];
-    acc[0] = make_filled_simdgroup_matrix<float, 8>(0.f);
-    acc[1] = make_filled_simdgroup_matrix<float, 8>(0.f);
-    for (int k0 = 0; k0 < K; k0 += 16) {
-      for (uint i = lid; i < 256; i += 64) {
-        As[i] = A[(row0 + i / 16) * K + k0 + i % 16];
-        Bs[i] = B[(k0 + i / 16) * N + col0 + i % 16];
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      for (int kk = 0; kk < 16; kk += 8) {
-        simdgroup_matrix<T, 8, 8> a, b;
-        simdgroup_load(a, &As[sg * 8 * 16 + kk], 16);
-        for (int j = 0; j < 2; ++j) {
-          simdgroup_load(b, &Bs[kk * 16 + j * 8], 16);
-          simdgroup_multiply_accumulate(acc[j], a, b, acc[j]);
-        }
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-    }
-    for (int j = 0; j < 2; ++j)
-      simdgroup_store(acc[j], C + (row0 + sg * 8) * N + col0 + j * 8, N);
-"""
-
+# With an output of any type, which a bfloat needs the cast for.
+ROW_SUM = ROWSUM.replace("y[row] = t;", "y[row] = static_cast<T>(t);")
 
 # Header and statements that use it; a kernel may have them without a word from the check.
 HELPERS = """

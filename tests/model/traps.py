@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from qwen_mlx.cache.recurrent import RecurrentCache
-from qwen_mlx.kernels.activations import sigmoid, silu
+from qwen_mlx.kernels.activations import sigmoid, silu, silu_gated
 from qwen_mlx.kernels.causal_conv1d import causal_conv1d
 from qwen_mlx.kernels.gated_delta import gated_delta_rule
 from qwen_mlx.model import attention, gated_deltanet, moe, qwen
@@ -180,7 +180,7 @@ def theta_of_another_default(model: Qwen, patch: Patch) -> None:
 
 
 def silu_for_sigmoid_in_attention(model: Qwen, patch: Patch) -> None:
-    patch.setattr(attention, "sigmoid", silu)
+    patch.setattr(attention, "sigmoid_gated", silu_gated)
 
 
 def kv_heads_tiled(model: Qwen, patch: Patch) -> None:
