@@ -20,12 +20,12 @@ TEXT_CONFIG = dict(
 )  # fmt: skip
 
 
-def make(folder: Path, *, layers: int = 24, bits: int | None = None, **other_sizes: object) -> Path:
+def make(folder: Path, *, layers: int = 24, bits: int | None = None) -> Path:
     """Write config.json and model.safetensors (bfloat16, or matrices in `bits` bits by 64) unless they are there."""
     if (folder / "model.safetensors").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    text = dict(TEXT_CONFIG, num_hidden_layers=layers, **other_sizes)
+    text = dict(TEXT_CONFIG, num_hidden_layers=layers)
     config = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": text,
               "tie_word_embeddings": True, "eos_token_id": []}  # fmt: skip
     if bits:

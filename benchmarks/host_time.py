@@ -1,88 +1,113 @@
-"""Host time of a decoded token beside mlx-lm's: what Python and MLX take to hand one step to the device.
+"""The host's time for a decoded token beside mlx-lm's: what it takes to build one step for the device.
 
-    python benchmarks/host_time.py --tokens 200
+    python benchmarks/host_time.py --rounds 9
 
-Both run a random model of 24 layers like the 0.8B's, but so narrow that there is hardly anything to compute. Two times
-for each engine, alternating token by token: until the step is built, which is the host's part alone, and until its
-logits are there. Ours is the compiled step that Metal gets; off Metal MLX compiles with g++, and the package's kernels
-are many plain operations instead of one, in the graph that is built here. mlx-lm's is its model as `generate_step`
-calls it. Medians, and the median of the pairwise ratios. The last line is one JSON object.
+Both build the step of the 0.8B, 4 bit, 24 layers, with its greedy sampling, as they would on Metal: what is one launch
+there is one node of the graph, made by the cheapest call there is, and nobody computes its contents. So it runs on any
+machine, and host time is all there is. Ours is the compiled graph that decoding runs, mlx-lm's is built in Python anew
+for every token. An engine builds 60 steps and then the other does, as each would by itself; freeing a graph is not
+timed. Medians of the last 50 of a round, and the median of the rounds' ratios. The last line is one JSON object.
 """
 
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
-from checkpoint import TEXT_CONFIG, make
-from mlx_lm.models.cache import make_prompt_cache
+from checkpoint import make
+from mlx_lm.models.gated_delta import compute_g
 from mlx_lm.utils import load_model as load_peer
 
+from qwen_mlx.bench.launch_count import hollow, hollow_cache, hollow_out, hollow_out_ours, token
+from qwen_mlx.bench.launch_peer import hollow_peer_cache, sampled_by_peer
+from qwen_mlx.kernels import backend
+from qwen_mlx.kernels.backend import Kernel
 from qwen_mlx.load import load_model
+from qwen_mlx.model.projection import fuse_projections
 from qwen_mlx.model.step import CompiledStep
 
-NARROW = dict(
-    hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=64,
-    linear_num_key_heads=1, linear_num_value_heads=1, linear_key_head_dim=32, linear_value_head_dim=32, vocab_size=256,
-    rope_parameters=dict(TEXT_CONFIG["rope_parameters"], mrope_section=[3, 3, 2]),
-)  # fmt: skip
+STEPS, WARM = 60, 10
+zeros = cache(hollow)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=200, help="measured for each engine")
-    count = parser.parse_args().tokens
-    folder = make(Path(tempfile.mkdtemp()), layers=24, **NARROW)
+    parser.add_argument("--rounds", type=int, default=9)
+    rounds = parser.parse_args().rounds
+    folder = make(Path(tempfile.gettempdir()) / "qwen_mlx-random-0.8B-24-4", bits=4)
     engines = {"ours": ours(folder), "peer": peer(folder)}
-    for step in engines.values():
-        mx.eval(step())  # traces and compiles
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
-    for i in range(count):
-        for name in engines if i % 2 else reversed(engines):
-            times[name].append(timed(engines[name]))
-        if (i + 1) % 50 == 0:
-            print(f"{i + 1} of {count} tokens", file=sys.stderr)
-    result: dict[str, object] = {"device": str(mx.default_device()), "mlx": mx.__version__, "tokens": count}
-    for place, what in enumerate(("built", "done")):
-        mine, theirs = ([pair[place] for pair in times[name]] for name in engines)
-        result[what] = {
-            "ours_ms": round(1e3 * statistics.median(mine), 3),
-            "peer_ms": round(1e3 * statistics.median(theirs), 3),
-            "ratio": round(statistics.median(b / a for a, b in zip(mine, theirs)), 2),
-        }
-    print(json.dumps(result))
+    with one_node_each():
+        times = [[milliseconds(*engine) for engine in engines.values()] for _ in range(rounds)]
+    mine, theirs = (statistics.median(column) for column in zip(*times))
+    ratio = statistics.median(b / a for a, b in times)
+    print(json.dumps({"ours_ms": round(mine, 3), "peer_ms": round(theirs, 3), "ratio": round(ratio, 2)}))
 
 
-def ours(folder: Path) -> Callable[[], list[mx.array]]:
-    model = load_model(folder, dtype="float32")
-    mx.eval(model.parameters())
-    cache, step = model.make_cache(), CompiledStep(model._forward, model.config.text.layer_types)
-    mx.eval(model(mx.array([[1, 2, 3]]), cache))
-    token = mx.array([[5]], mx.uint32)
-    return lambda: [step(token, cache), *cache.arrays]
+def ours(folder: Path) -> tuple[Callable[[], object], Callable[[], None]]:
+    """What builds a step, and what brings the cache back to where it was."""
+    model = load_model(folder, dtype="bfloat16")
+    fuse_projections(model)
+    hollow_out_ours(model)
+    state = hollow_cache(model, range(24))
+    step, start, one = CompiledStep(model._forward, model.config.text.layer_types), state.snapshot(), token()
+    return lambda: mx.argmax(step(one, state)[:, -1], axis=-1), partial(state.restore, start)
 
 
-def peer(folder: Path) -> Callable[[], list[mx.array]]:
-    model, _ = load_peer(folder)
-    model.set_dtype(mx.float32)
-    cache = make_prompt_cache(model)
-    mx.eval(model(mx.array([[1, 2, 3]]), cache=cache))
-    token = mx.array([[5]], mx.uint32)
-    return lambda: [model(token, cache=cache), *(array for layer in cache for array in layer.state)]
+def peer(folder: Path) -> tuple[Callable[[], object], Callable[[], None]]:
+    model, _ = load_peer(folder, lazy=True)
+    hollow_out(model)
+    text, state, one = load_model(folder, dtype="bfloat16").config.text, model.make_cache(), token()
+    return lambda: sampled_by_peer(model, one, state), partial(hollow_peer_cache, state, text, mx.bfloat16)
 
 
-def timed(step: Callable[[], list[mx.array]]) -> tuple[float, float]:
-    """Seconds until the step is built, and until it is done."""
-    start = time.perf_counter()
-    outputs = step()
-    built = time.perf_counter()
-    mx.eval(outputs)
-    return built - start, time.perf_counter() - start
+def milliseconds(step: Callable[[], object], reset: Callable[[], None]) -> float:
+    times = []
+    for _ in range(STEPS):
+        reset()
+        start = time.perf_counter()
+        built = step()
+        times.append(time.perf_counter() - start)
+        reset()
+        del built
+    return 1e3 * statistics.median(times[WARM:])
+
+
+@contextmanager
+def one_node_each() -> Iterator[None]:
+    """Whatever is one launch on Metal is one node here, for both engines."""
+    with ExitStack() as stack:
+        for name in ("rms_norm", "rope", "scaled_dot_product_attention"):
+            stack.enter_context(patch.object(mx.fast, name, lambda x, *_, **__: mx.abs(x)))
+        stack.enter_context(patch.object(mx, "dequantize", dequantize))
+        stack.enter_context(patch.object(backend, "gpu_generation", lambda: 16))
+        stack.enter_context(patch.object(Kernel, "__call__", launch))
+        stack.enter_context(patch("mlx_lm.models.qwen3_5.gated_delta_update", rule))
+        yield
+
+
+def node(outputs: list[mx.array], *inputs: Any) -> list[mx.array]:
+    return mx.depends(outputs, [array for array in inputs if isinstance(array, mx.array)])
+
+
+def launch(self: Kernel, *inputs: Any, outputs: list[tuple[tuple[int, ...], mx.Dtype]], **_: Any) -> list[mx.array]:
+    return node([zeros(shape, dtype) for shape, dtype in outputs], *inputs)
+
+
+def dequantize(packed: mx.array, scales: mx.array, biases: mx.array, **_: Any) -> mx.array:
+    return node([zeros((*packed.shape[:-1], packed.shape[-1] * 8), scales.dtype)], packed, scales, biases)[0]
+
+
+def rule(q: mx.array, k: mx.array, v: mx.array, a: mx.array, b: mx.array, *rest: Any, **_: Any) -> list[mx.array]:
+    A_log, dt_bias, state, *_ = rest
+    return node([v, state], q, k, mx.sigmoid(b), compute_g(A_log, a, dt_bias))
 
 
 if __name__ == "__main__":

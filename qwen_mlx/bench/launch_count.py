@@ -52,16 +52,13 @@ def count_step(model: Qwen, layers: Sequence[int] | None = None) -> Counter[str]
 
     `model` has lost its weights afterwards.
     """
-    hollow_out(model)
-    for joint in (value for module in model.modules() for value in vars(module).values()):
-        if isinstance(joint, JointProjection) and joint.fused is not None:
-            hollow_out(joint.fused)
+    hollow_out_ours(model)
     all_layers, kinds = model.model.layers, model.config.text.layer_types
     places = range(len(all_layers)) if layers is None else layers
     model.model.layers = [all_layers[i] for i in places]
     try:
         with stand_ins():
-            cache = _hollow_cache(model, places)
+            cache = hollow_cache(model, places)
             logits = CompiledStep(model._forward, [kinds[i] for i in places])(token(), cache)
             return launches([mx.argmax(logits[:, -1], axis=-1), *cache.arrays])
     finally:
@@ -94,11 +91,19 @@ def hollow_out(model: nn.Module) -> None:
     model.update(tree_map(lambda array: hollow(array.shape, array.dtype), model.parameters()))
 
 
+def hollow_out_ours(model: Qwen) -> None:
+    """The same for ours, joint projections included."""
+    hollow_out(model)
+    for joint in (value for module in model.modules() for value in vars(module).values()):
+        if isinstance(joint, JointProjection) and joint.fused is not None:
+            hollow_out(joint.fused)
+
+
 def token() -> mx.array:
     return hollow((1, 1), mx.uint32)
 
 
-def _hollow_cache(model: Qwen, places: Sequence[int]) -> SequenceCache:
+def hollow_cache(model: Qwen, places: Sequence[int]) -> SequenceCache:
     whole, text = model.make_cache(), model.config.text
     for layer in whole.layers:
         if isinstance(layer, KVCache):

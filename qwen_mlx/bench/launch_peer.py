@@ -40,18 +40,28 @@ def count_peer_step(model: Any, text: TextConfig, layers: Sequence[int] | None =
     try:
         with stand_ins(), patch(f"{type(inner).__module__}.gated_delta_update", _rule):
             cache = model.make_cache()
-            for layer in cache:
-                if hasattr(layer, "keys"):
-                    shape = (1, text.num_key_value_heads, SLAB, text.head_dim)
-                    layer.keys, layer.values, layer.offset = hollow(shape, dtype), hollow(shape, dtype), 1
-                else:
-                    layer[0], layer[1] = hollow_states(text, dtype)
-            logits = model(token(), cache=cache)[:, -1, :]
-            log_probabilities = logits - mx.logsumexp(logits, keepdims=True)
-            states = [array for layer in cache for array in _arrays(layer)]
-            return launches([mx.argmax(log_probabilities, axis=-1), log_probabilities, *states])
+            hollow_peer_cache(cache, text, dtype)
+            sampled = sampled_by_peer(model, token(), cache)
+            return launches([*sampled, *(array for layer in cache for array in _arrays(layer))])
     finally:
         inner.layers, inner.ssm_idx, inner.fa_idx = kept
+
+
+def hollow_peer_cache(cache: list[Any], text: TextConfig, dtype: mx.Dtype) -> None:
+    """Make of its cache one that holds a token."""
+    for layer in cache:
+        if hasattr(layer, "keys"):
+            shape = (1, text.num_key_value_heads, SLAB, text.head_dim)
+            layer.keys, layer.values, layer.offset = hollow(shape, dtype), hollow(shape, dtype), 1
+        else:
+            layer[0], layer[1] = hollow_states(text, dtype)
+
+
+def sampled_by_peer(model: Any, tokens: mx.array, cache: list[Any]) -> list[mx.array]:
+    """What `generate_step` asks for: the likeliest token, and all log-probabilities."""
+    logits = model(tokens, cache=cache)[:, -1, :]
+    log_probabilities = logits - mx.logsumexp(logits, keepdims=True)
+    return [mx.argmax(log_probabilities, axis=-1), log_probabilities]
 
 
 def _arrays(layer: Any) -> list[mx.array]:
