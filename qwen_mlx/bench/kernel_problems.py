@@ -19,12 +19,12 @@ from qwen_mlx.kernels.gated_delta import gated_delta_rule, naive_gated_delta_rul
 from qwen_mlx.kernels.gated_delta_arguments import KEY_SIZES, kernels_fit
 from qwen_mlx.kernels.gated_delta_chunk import CHUNK, metal_gated_delta_chunk
 from qwen_mlx.kernels.gated_delta_replay import (
-    REPLAY,
     gated_delta_replay,
     metal_gated_delta_replay,
     naive_gated_delta_replay,
 )
 from qwen_mlx.kernels.gated_delta_scan import (
+    REPLAY,
     SCAN,
     SCAN_WITH_TAPE,
     Tape,

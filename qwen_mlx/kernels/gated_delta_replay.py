@@ -2,11 +2,8 @@
 
 import mlx.core as mx
 
-from qwen_mlx.kernels.backend import Kernel
-from qwen_mlx.kernels.gated_delta_arguments import ROWS, kernels_fit
-from qwen_mlx.kernels.gated_delta_scan import Tape
-
-REPLAY = Kernel("gated_delta_replay", ("state", "k", "g", "tape", "n"), ("state_out",))
+from qwen_mlx.kernels.gated_delta_arguments import ROWS
+from qwen_mlx.kernels.gated_delta_scan import REPLAY, Tape, tape_is_fused
 
 
 def gated_delta_replay(state: mx.array, tape: Tape, n: int) -> mx.array:
@@ -24,7 +21,7 @@ def gated_delta_replay(state: mx.array, tape: Tape, n: int) -> mx.array:
         raise ValueError(f"state has shape {state.shape}; beside this tape it must be {shape}.")
     if n == 0:
         return state
-    if REPLAY.usable and kernels_fit(state, Hk):
+    if tape_is_fused(state, Hk):
         return metal_gated_delta_replay(state, tape, n)
     return naive_gated_delta_replay(state, tape, n)
 

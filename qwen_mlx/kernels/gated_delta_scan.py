@@ -10,6 +10,7 @@ from qwen_mlx.kernels.gated_delta_arguments import ROWS, check_arguments, freeze
 INPUTS = ("q", "k", "v", "g", "beta", "state")
 SCAN = Kernel("gated_delta_scan", INPUTS, ("o", "state_out"))
 SCAN_WITH_TAPE = Kernel("gated_delta_scan", INPUTS, ("o", "state_out", "tape"), defines=("TAPE",))
+REPLAY = Kernel("gated_delta_replay", ("state", "k", "g", "tape", "n"), ("state_out",))
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,16 @@ def gated_delta_scan(
     """
     check_arguments(q, k, v, g, beta, state, mask)
     g, beta = freeze_masked(g, beta, mask)
-    if SCAN_WITH_TAPE.usable and kernels_fit(state, q.shape[2]):
+    if tape_is_fused(state, q.shape[2]):
         o, state, delta = metal_gated_delta_scan(q, k, v, g, beta, state, kernel=SCAN_WITH_TAPE)
     else:
         o, state, delta = recurrent_gated_delta_scan(q, k, v, g, beta, state)
     return o, state, Tape(k, g, delta)
+
+
+def tape_is_fused(state: mx.array, key_heads: int) -> bool:
+    """Whether kernels write the tape of such a state and replay it. One of them alone would round unlike plain MLX."""
+    return SCAN_WITH_TAPE.usable and REPLAY.usable and kernels_fit(state, key_heads)
 
 
 def naive_gated_delta_scan(

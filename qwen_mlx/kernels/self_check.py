@@ -15,8 +15,14 @@ from qwen_mlx.kernels.causal_conv1d import CONV, metal_causal_conv1d, naive_caus
 from qwen_mlx.kernels.gated_delta import SCAN_TOKENS, naive_gated_delta_rule
 from qwen_mlx.kernels.gated_delta_arguments import kernels_fit
 from qwen_mlx.kernels.gated_delta_chunk import CHUNK, metal_gated_delta_chunk
-from qwen_mlx.kernels.gated_delta_replay import REPLAY, metal_gated_delta_replay
-from qwen_mlx.kernels.gated_delta_scan import SCAN, SCAN_WITH_TAPE, metal_gated_delta_scan, naive_gated_delta_scan
+from qwen_mlx.kernels.gated_delta_replay import metal_gated_delta_replay
+from qwen_mlx.kernels.gated_delta_scan import (
+    REPLAY,
+    SCAN,
+    SCAN_WITH_TAPE,
+    metal_gated_delta_scan,
+    naive_gated_delta_scan,
+)
 from qwen_mlx.kernels.gated_delta_step import STEP, gated_delta_step, naive_gated_delta_step
 from qwen_mlx.kernels.qk_norm_rope import QK_NORM_ROPE, heads_fit, naive_qk_norm_rope, qk_norm_rope
 from qwen_mlx.kernels.random_inputs import (

@@ -29,7 +29,8 @@ class JointProjection:
     def fuse(self, module: nn.Module) -> None:
         """Lay the weights one behind the other, where they are of one kind; those of `module` become views of them.
 
-        Lazy: nothing is read or copied before it is used, and no weight is kept twice.
+        Lazy: nothing is read or copied before it is used, and no weight is kept twice. A weight of `module` that is
+        exchanged afterwards is not seen until `fuse` is called again.
         """
         layers = [module[name] for name in self.names]
         if len({_kind(layer) for layer in layers}) > 1:

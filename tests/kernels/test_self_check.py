@@ -4,10 +4,13 @@ import warnings
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from qwen_mlx.kernels import backend, self_check
 from qwen_mlx.kernels.gated_delta import gated_delta_rule
+from qwen_mlx.kernels.gated_delta_replay import gated_delta_replay
+from qwen_mlx.kernels.gated_delta_scan import gated_delta_scan
 from qwen_mlx.kernels.random_inputs import AttentionSizes, Sizes
 from qwen_mlx.kernels.self_check import DELTA_CHECKS, check_kernels
 from tests import reference
@@ -116,6 +119,22 @@ def test_prefill_falls_to_the_scan_when_only_the_chunked_kernel_is_wrong(monkeyp
     with recording() as runs:
         gated_delta_rule(*inputs)
     assert [run.name for run in runs] == ["qwen_gated_delta_scan"]
+
+
+@pytest.mark.parametrize("name", ["gated_delta_scan", "gated_delta_replay"])
+@pytest.mark.usefixtures("device")
+def test_a_tape_is_written_and_replayed_by_kernels_or_by_neither(name, monkeypatch):
+    """They round as one: a tape of the kernel, replayed in plain MLX, would not end in the same bits."""
+    plant(monkeypatch, name, *BUGS[name])
+    with pytest.warns(UserWarning, match=name):
+        check_kernels(SIZES, ATTENTION)
+    *tokens, state = problem(6)
+    with recording() as runs:
+        tape = gated_delta_scan(*tokens, state)[2]
+        replayed = gated_delta_replay(state, tape, 4)
+        stopped = gated_delta_scan(*(x[:, :4] for x in tokens), state)[1]
+    assert runs == []
+    assert np.array_equal(np.array(replayed), np.array(stopped))
 
 
 @pytest.mark.usefixtures("device")
