@@ -17,6 +17,8 @@ def emulated_metal(**options: Any) -> Iterator[None]:
     metal_emulator.require()
     with pytest.MonkeyPatch.context() as patch, metal_emulator.using(**options):
         patch.setattr(mx.fast, "metal_kernel", metal_emulator.metal_kernel)
+        # For the kernels alone. What else loading and decoding do on Metal stays off: the emulator could not follow a
+        # compiled step, say, as it runs a kernel when it is called.
         patch.setattr(backend, "gpu_generation", lambda: 13)
         backend._build.cache_clear()
         yield
