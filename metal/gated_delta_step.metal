@@ -5,7 +5,8 @@
 //     S = alpha S;   S = S + beta (v - S k) k^T;   o = S q                  (arXiv 2412.06464, equation 10)
 //     y = o / sqrt(mean(o^2) + eps) * gain * silu(z)                        (mean over a head)
 //
-// in      qkv [B, 1, Cn], z [B, 1, Hv Dv], a, b [B, 1, Hv] any float;  weight [Cn, K], conv_state [B, K-1, Cn] any float;
+// in      qkv [B, 1, Cn], z [B, 1, Hv Dv], a, b [B, 1, Hv] any float, each perhaps part of longer rows: z from its column
+//         ZStart on, b from BStart on;  weight [Cn, K], conv_state [B, K-1, Cn] any float;
 //         A_log, dt_bias [Hv], gain [Dv], state [B, Hv, Dv, Dk] float32;  eps a float
 // out     y [B, 1, Hv, Dv] and conv_out [B, K-1, Cn] in X;  state_out [B, Hv, Dv, Dk] float32
 //
@@ -37,7 +38,7 @@ constexpr int BLOCKS = Dk / (4 * LANES);
 threadgroup float mixed[2 * Dk + Dv];  // q, k, v of this head
 threadgroup float o[Dv];
 
-const int Cn = qkv_shape[2], Hv = state_shape[1];
+const int Cn = conv_state_shape[2], Hv = state_shape[1];
 const int Hk = (Cn - Hv * Dv) / (2 * Dk);
 const int simdgroups = int(threads_per_threadgroup.y);
 const int simdgroup = int(simdgroup_index_in_threadgroup);
@@ -56,7 +57,7 @@ for (int i = thread_index; i < 2 * Dk + Dv; i += 32 * simdgroups) {
   float sum = 0.0f;
   for (int j = 0; j < K; ++j) {
     const float column = j < K - 1 ? float(conv_state[(batch * (K - 1) + j) * Cn + channel])
-                                   : float(qkv[batch * Cn + channel]);
+                                   : float(qkv[batch * qkv_shape[2] + channel]);
     const float tap = float(weight[channel * K + j]);
     sum = metal::fma(tap, column, sum);
     if (j > 0 && stores) {
@@ -76,10 +77,10 @@ const float q_norm = metal::rsqrt(simd_sum(q_squares) + 1e-6f);
 const float k_scale = metal::rsqrt(simd_sum(k_squares) + 1e-6f);
 const float q_scale = q_norm * metal::rsqrt(float(Dk));
 
-const float gate = float(a[batch * Hv + head]) + dt_bias[head];
+const float gate = float(a[batch * a_shape[2] + head]) + dt_bias[head];
 const float softplus = metal::max(gate, 0.0f) + log1p(metal::exp(-metal::abs(gate)));
 const float alpha = metal::exp(-metal::exp(A_log[head]) * softplus);
-const float beta = 1.0f / (1.0f + metal::exp(-float(b[batch * Hv + head])));
+const float beta = 1.0f / (1.0f + metal::exp(-float(b[batch * b_shape[2] + BStart + head])));
 
 const int part = lane % LANES;
 for (int block = simdgroup; block < Dv / ROWS; block += simdgroups) {
@@ -127,7 +128,6 @@ for (int i = lane; i < Dv; i += 32) {
 }
 const float norm = metal::rsqrt(simd_sum(squares) / Dv + eps);
 for (int i = thread_index; i < Dv; i += 32 * simdgroups) {
-  const size_t at = batch_head * Dv + i;
-  const float open = float(z[at]);
-  y[at] = static_cast<X>(o[i] * norm * gain[i] * (open / (1.0f + metal::exp(-open))));
+  const float open = float(z[batch * z_shape[2] + ZStart + head * Dv + i]);
+  y[batch_head * Dv + i] = static_cast<X>(o[i] * norm * gain[i] * (open / (1.0f + metal::exp(-open))));
 }

@@ -38,11 +38,14 @@ def gated_delta_step(
     weights: StepWeights,
     conv_state: mx.array,
     state: mx.array,
+    starts: tuple[int, int] = (0, 0),
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The convolution, the gates, the delta rule and the gated norm of one token, in one launch.
 
     `projected`: qkv [B, 1, Cn], z [B, 1, Hv Dv], a and b [B, 1, Hv]; conv_state [B, K-1, Cn];
-    state [B, Hv, Dv, Dk] float32. Formulas: `causal_conv1d`, `gated_delta_rule`, `naive_gated_delta_step`.
+    state [B, Hv, Dv, Dk] float32. Each of the four may be the head of longer rows; z and b may also begin at a later
+    column, `starts`, so that what one matmul projected is read as it lies.
+    Formulas: `causal_conv1d`, `gated_delta_rule`, `naive_gated_delta_step`.
 
     Returns y [B, 1, Hv Dv], in qkv's dtype, and both states. Ask `step_is_fused` first.
     """
@@ -60,13 +63,15 @@ def gated_delta_step(
         weights.gain,
         weights.eps,
         state,
-        outputs=[(z.shape, qkv.dtype), (conv_state.shape, qkv.dtype), (state.shape, mx.float32)],
+        outputs=[((B, 1, Hv * Dv), qkv.dtype), (conv_state.shape, qkv.dtype), (state.shape, mx.float32)],
         grid=(min(Dv // ROWS, 8), B * Hv),
         simdgroups=8,
         X=qkv.dtype,
         Dk=Dk,
         Dv=Dv,
         K=weights.taps.shape[1],
+        ZStart=starts[0],
+        BStart=starts[1],
     )
     return y, conv_state, state
 
@@ -76,10 +81,12 @@ def naive_gated_delta_step(
     weights: StepWeights,
     conv_state: mx.array,
     state: mx.array,
+    starts: tuple[int, int] = (0, 0),
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The formulas of `gated_delta_step`, one behind the other, for the reader; same arguments and results."""
-    qkv, z, a, b = projected
     B, Hv, Dv, Dk = state.shape
+    firsts, sizes = (0, starts[0], 0, starts[1]), (conv_state.shape[-1], Hv * Dv, Hv, Hv)
+    qkv, z, a, b = (x[..., first : first + size] for x, first, size in zip(projected, firsts, sizes))
     q, k, v, conv_state = naive_causal_conv1d(
         qkv, weights.taps, conv_state, key_heads=_key_heads(conv_state, state), key_dim=Dk
     )

@@ -95,8 +95,11 @@ def _check_conv(sizes: Sizes) -> Pair:
 
 
 def _check_step(sizes: Sizes) -> Pair:
-    inputs = random_step(sizes)
-    return gated_delta_step(*inputs), naive_gated_delta_step(*inputs)
+    (qkv, z, a, b), weights, conv_state, state = random_step(sizes)
+    qkvz, ab = mx.concatenate([qkv, z], axis=-1), mx.concatenate([a, b], axis=-1)  # as joint projections give them
+    starts = qkv.shape[-1], a.shape[-1]
+    joined = gated_delta_step((qkvz, qkvz, ab, ab), weights, conv_state, state, starts)
+    return joined, naive_gated_delta_step((qkv, z, a, b), weights, conv_state, state)
 
 
 def _check_scan(sizes: Sizes) -> Pair:

@@ -7,6 +7,7 @@ from qwen_mlx.cache.kv import KVCache, TracedKVCache
 from qwen_mlx.config import TextConfig
 from qwen_mlx.kernels.activations import sigmoid_gated
 from qwen_mlx.kernels.qk_norm_rope import HeadNorms, heads_are_fused, qk_norm_rope
+from qwen_mlx.model.linear import Linear
 from qwen_mlx.model.norm import RMSNorm
 from qwen_mlx.model.projection import JointProjection
 from qwen_mlx.model.rope import RotaryEmbedding
@@ -19,10 +20,10 @@ class Attention(nn.Module):
         super().__init__()
         D, Dh = config.hidden_size, config.head_dim
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, Dh
-        self.q_proj = nn.Linear(D, self.num_heads * 2 * Dh, bias=False)
-        self.k_proj = nn.Linear(D, self.num_kv_heads * Dh, bias=False)
-        self.v_proj = nn.Linear(D, self.num_kv_heads * Dh, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * Dh, D, bias=False)
+        self.q_proj = Linear(D, self.num_heads * 2 * Dh)
+        self.k_proj = Linear(D, self.num_kv_heads * Dh)
+        self.v_proj = Linear(D, self.num_kv_heads * Dh)
+        self.o_proj = Linear(self.num_heads * Dh, D)
         self.q_norm = RMSNorm(Dh, config.rms_norm_eps)
         self.k_norm = RMSNorm(Dh, config.rms_norm_eps)
         self._qkv = JointProjection("q_proj", "k_proj", "v_proj")

@@ -10,6 +10,7 @@ from qwen_mlx.cache.recurrent import RecurrentCache
 from qwen_mlx.config import FULL, TextConfig
 from qwen_mlx.model.attention import Attention
 from qwen_mlx.model.gated_deltanet import GatedDeltaNet
+from qwen_mlx.model.linear import Embedding
 from qwen_mlx.model.mlp import MLP
 from qwen_mlx.model.moe import SparseMoeBlock
 from qwen_mlx.model.norm import RMSNorm
@@ -48,7 +49,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, layer_type) for layer_type in config.layer_types]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

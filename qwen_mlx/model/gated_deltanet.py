@@ -9,6 +9,7 @@ from qwen_mlx.kernels.activations import sigmoid, softplus
 from qwen_mlx.kernels.causal_conv1d import causal_conv1d
 from qwen_mlx.kernels.gated_delta import gated_delta_rule
 from qwen_mlx.kernels.gated_delta_step import StepWeights, gated_delta_step, step_is_fused
+from qwen_mlx.model.linear import Linear
 from qwen_mlx.model.norm import GatedRMSNorm
 from qwen_mlx.model.projection import JointProjection
 
@@ -30,15 +31,15 @@ class GatedDeltaNet(nn.Module):
         self.num_key_heads, self.num_value_heads = config.linear_num_key_heads, config.linear_num_value_heads
         self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
         keys, values = self.num_key_heads * self.key_dim, self.num_value_heads * self.value_dim
-        self.in_proj_qkv = nn.Linear(D, 2 * keys + values, bias=False)
-        self.in_proj_z = nn.Linear(D, values, bias=False)
-        self.in_proj_b = nn.Linear(D, self.num_value_heads, bias=False)
-        self.in_proj_a = nn.Linear(D, self.num_value_heads, bias=False)
+        self.in_proj_qkv = Linear(D, 2 * keys + values)
+        self.in_proj_z = Linear(D, values)
+        self.in_proj_b = Linear(D, self.num_value_heads)
+        self.in_proj_a = Linear(D, self.num_value_heads)
         self.conv1d = Convolution(2 * keys + values, config.linear_conv_kernel_dim)
         self.A_log = mx.zeros((self.num_value_heads,), mx.float32)
         self.dt_bias = mx.zeros((self.num_value_heads,), mx.float32)
         self.norm = GatedRMSNorm(self.value_dim, config.rms_norm_eps)
-        self.out_proj = nn.Linear(values, D, bias=False)
+        self.out_proj = Linear(values, D)
         self._qkv_and_z = JointProjection("in_proj_qkv", "in_proj_z")
         self._a_and_b = JointProjection("in_proj_a", "in_proj_b")
 
@@ -46,12 +47,13 @@ class GatedDeltaNet(nn.Module):
         """x [B, T, D] -> [B, T, D]; `tokens` bool [B, T], False on left padding."""
         B, T, _ = x.shape
         conv_state, state = self._states(cache, B, x.dtype)
-        qkv, z = self._qkv_and_z(self, x)
         if T == 1 and tokens is None and step_is_fused(conv_state, state):
-            a, b = self._a_and_b(self, x)
+            (qkv, z), (_, z_start) = self._qkv_and_z.as_they_lie(self, x)
+            (a, b), (_, b_start) = self._a_and_b.as_they_lie(self, x)
             weights = StepWeights(self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight, self.norm.eps)
-            y, conv_state, state = gated_delta_step((qkv, z, a, b), weights, conv_state, state)
+            y, conv_state, state = gated_delta_step((qkv, z, a, b), weights, conv_state, state, (z_start, b_start))
         else:
+            qkv, z = self._qkv_and_z(self, x)
             # Padding is zeroed before the convolution: k = v = 0 leaves an empty state empty.
             q, k, v, conv_state = causal_conv1d(
                 qkv,

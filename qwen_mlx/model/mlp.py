@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwen_mlx.kernels.activations import swiglu
+from qwen_mlx.model.linear import Linear
 from qwen_mlx.model.projection import JointProjection
 
 
@@ -12,9 +13,9 @@ class MLP(nn.Module):
 
     def __init__(self, size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, size, bias=False)
+        self.gate_proj = Linear(size, intermediate_size)
+        self.up_proj = Linear(size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, size)
         self._gate_and_up = JointProjection("gate_proj", "up_proj")
 
     def __call__(self, x: mx.array) -> mx.array:

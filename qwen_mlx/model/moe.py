@@ -6,6 +6,7 @@ import mlx.nn as nn
 from qwen_mlx.config import MoeConfig
 from qwen_mlx.kernels.activations import sigmoid, swiglu
 from qwen_mlx.kernels.backend import gpu_generation
+from qwen_mlx.model.linear import Linear
 from qwen_mlx.model.mlp import MLP
 
 SORT_FROM = 64  # routed rows that are worth grouping by expert; mlx-lm's figure
@@ -84,10 +85,10 @@ class SparseMoeBlock(nn.Module):
     def __init__(self, size: int, config: MoeConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        self.gate = nn.Linear(size, config.num_experts, bias=False)
+        self.gate = Linear(size, config.num_experts)
         self.switch_mlp = Experts(config.num_experts, size, config.moe_intermediate_size)
         self.shared_expert = MLP(size, config.shared_expert_intermediate_size)
-        self.shared_expert_gate = nn.Linear(size, 1, bias=False)
+        self.shared_expert_gate = Linear(size, 1)
 
     def __call__(self, x: mx.array) -> mx.array:
         B, T, D = x.shape

@@ -26,6 +26,12 @@ class JointProjection:
             return [module[name](x) for name in self.names]
         return list(mx.split(self.fused(x), self._splits, axis=-1))
 
+    def as_they_lie(self, module: nn.Module, x: mx.array) -> tuple[list[mx.array], list[int]]:
+        """x [B, T, D] -> for each name an array that holds its outputs, and the column where they begin in it."""
+        if self.fused is None:
+            return [module[name](x) for name in self.names], [0] * len(self.names)
+        return [self.fused(x)] * len(self.names), [0, *self._splits]
+
     def fuse(self, module: nn.Module) -> None:
         """Lay the weights one behind the other, where they are of one kind; those of `module` become views of them.
 

@@ -11,6 +11,7 @@ from qwen_mlx.cache.sequence import SequenceCache
 from qwen_mlx.config import FULL, ModelConfig
 from qwen_mlx.kernels.backend import gpu_generation
 from qwen_mlx.model.decoder import Decoder, LayerCache
+from qwen_mlx.model.linear import Linear
 from qwen_mlx.model.span import Span, make_span
 from qwen_mlx.model.step import CompiledStep
 
@@ -25,7 +26,7 @@ class Qwen(nn.Module):
         self.model = Decoder(config.text)
         self._compiled_step: CompiledStep | None = None
         if not config.text.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+            self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size)
 
     def make_cache(self, left_padding: Sequence[int] | None = None) -> SequenceCache:
         """An empty cache; `left_padding` counts the padding tokens in front of each row of the batch."""

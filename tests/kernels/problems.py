@@ -28,6 +28,13 @@ def step_problem(*, B=2, Hk=2, group=2, Dk=32, Dv=24, K=4, dtype=mx.float32):
     return projected, weights, normal(B, K - 1, Cn).astype(dtype), 0.3 * normal(B, Hv, Dv, Dk)
 
 
+def as_one_matmul_gives_them(projected):
+    """The same with z behind qkv and b behind a, and where each of these two begins."""
+    qkv, z, a, b = projected
+    qkvz, ab = mx.concatenate([qkv, z], axis=-1), mx.concatenate([a, b], axis=-1)
+    return (qkvz, qkvz, ab, ab), (qkv.shape[-1], a.shape[-1])
+
+
 def problem(T, *, B=2, Hk=2, group=2, Dk=32, Dv=64, dtype=mx.float32, seed=0):
     """q, k, v, g, beta, state as the mixer makes them; a memory of about ten tokens."""
     rng = np.random.default_rng(seed)

@@ -10,6 +10,7 @@ from qwen_mlx.kernels.causal_conv1d import causal_conv1d
 from qwen_mlx.kernels.gated_delta import gated_delta_rule
 from qwen_mlx.kernels.gated_delta_step import gated_delta_step, naive_gated_delta_step, step_is_fused
 from tests import reference
+from tests.kernels.problems import as_one_matmul_gives_them
 from tests.kernels.problems import step_problem as problem
 from tests.reference import DTYPES, error, within_tolerance
 
@@ -41,6 +42,15 @@ def test_every_size(sizes):
 def test_naive_every_size(sizes):
     inputs = problem(**sizes)
     assert within_tolerance(naive_gated_delta_step(*inputs), reference.gated_delta_step(*inputs))
+
+
+@pytest.mark.parametrize("step", [gated_delta_step, naive_gated_delta_step])
+@pytest.mark.usefixtures("metal")
+def test_what_one_matmul_projected_is_read_as_it_lies(step):
+    apart, *rest = problem(B=3)
+    joined, starts = as_one_matmul_gives_them(apart)
+    for ours, theirs in zip(step(joined, *rest, starts), step(apart, *rest), strict=True):
+        assert np.array_equal(np.array(ours), np.array(theirs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -32,7 +32,7 @@ from qwen_mlx.kernels.qk_norm_rope import qk_norm_rope
 from qwen_mlx.kernels.random_inputs import AttentionSizes, random_heads, random_sum
 from qwen_mlx.metal import source
 from tests import reference
-from tests.kernels.problems import adversarial_problem, conv_problem, problem, step_problem
+from tests.kernels.problems import adversarial_problem, as_one_matmul_gives_them, conv_problem, problem, step_problem
 from tests.metal_emulator import MetalCompileError, MetalEmulatorError
 from tests.metal_emulator.device import emulated_metal
 from tests.metal_emulator.survivors import SURVIVORS
@@ -123,7 +123,9 @@ def run_step() -> None:
     for size in sizes:
         inputs = step_problem(**size)
         check(gated_delta_step(*inputs), reference.gated_delta_step(*inputs))
-    (qkv, *gates), weights, conv_state, state = step_problem()
+    (qkv, *gates), weights, conv_state, state = apart = step_problem()
+    joined, starts = as_one_matmul_gives_them(apart[0])
+    check(gated_delta_step(joined, *apart[1:], starts), reference.gated_delta_step(*apart))
     for scale in (1e-4, 30.0):
         inputs = (qkv * 1e-4, *(gate * scale for gate in gates)), weights, conv_state * 1e-4, state * 1e-4
         check(gated_delta_step(*inputs), reference.gated_delta_step(*inputs))

@@ -91,6 +91,19 @@ def test_one_matmul_for_one_token(form: str, shape: tuple[int, int], count: int,
     assert matmuls(tmp_path, pair(x[: shape[0], : shape[1]])) == count
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1)], ids=["token", "batch"])
+def test_whole_rows_hold_every_part_where_it_is_said_to_be(shape: tuple[int, int]) -> None:
+    pair, token = Pair(linear(64, 24, 1), linear(64, 40, 2)), x[: shape[0], : shape[1]]
+    apart = pair(token)
+    assert pair._joint.as_they_lie(pair, token)[1] == [0, 0]
+    assert same_bits(pair._joint.as_they_lie(pair, token)[0], apart)
+    fuse_projections(pair)
+    wholes, starts = pair._joint.as_they_lie(pair, token)
+    assert wholes[0] is wholes[1]
+    parts = [whole[..., start : start + y.shape[-1]] for whole, start, y in zip(wholes, starts, apart)]
+    assert all(np.allclose(a, b, rtol=1e-6, atol=1e-5) for a, b in zip(parts, apart))
+
+
 @pytest.mark.parametrize(
     "other",
     [
