@@ -4,8 +4,10 @@
 """
 
 import argparse
+import atexit
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -36,6 +38,7 @@ def positive(text: str) -> int:
 
 def run(main: Callable[[], None]) -> int:
     """Call `main` and return the exit code of the process, having said on stderr what went wrong."""
+    _open_standard_descriptors()
     if sys.stdout is None:
         return _fail("stdout is closed, so there is nowhere to write to.")
     with warnings.catch_warnings():
@@ -44,8 +47,7 @@ def run(main: Callable[[], None]) -> int:
             main()
             sys.stdout.flush()
         except KeyboardInterrupt:
-            print("Interrupted.", file=sys.stderr)
-            return 130
+            return _interrupted()
         except QwenMLXError as error:
             return _fail(str(error))
         except UnicodeEncodeError as error:
@@ -54,6 +56,27 @@ def run(main: Callable[[], None]) -> int:
         except OSError as error:
             return _fail(_what_happened(error))
     return 0
+
+
+def _open_standard_descriptors() -> None:
+    """What was closed at the start leads to /dev/null: else the next file that is opened gets its number, which MLX
+    takes for a failure, and print, told to write to a stderr that is None, writes to stdout."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
+def _interrupted() -> int:
+    # A second Ctrl-C would break off the sentence, or end by signal a process that is on its way out.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("Interrupted.", file=sys.stderr)
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, handler)
+    return 130
 
 
 def _fail(sentence: str) -> int:
@@ -73,15 +96,20 @@ def _what_happened(error: OSError) -> str:
 
 def read_prompt(prompt: str | None) -> str:
     """`prompt`, or all of stdin for "-" and, where stdin is not a terminal, for None."""
-    if prompt not in (None, "-"):
-        return str(prompt)
+    if prompt is not None and prompt != "-":
+        # Python keeps what is not UTF-8 on the command line as surrogates.
+        return _decoded(prompt.encode("utf-8", "surrogateescape"), "The prompt")
     if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
         raise PromptError("There is no prompt; give one with --prompt, or pipe it in.")
+    return _decoded(sys.stdin.buffer.read(), "The prompt on stdin").removeprefix("\ufeff")  # the mark of some editors
+
+
+def _decoded(data: bytes, what: str) -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise PromptError(
-            f"The prompt on stdin is not UTF-8 text: byte {error.object[error.start]:#04x} at place {error.start}."
+            f"{what} is not Unicode text in UTF-8: byte {data[error.start]:#04x} at place {error.start}."
         ) from None
 
 

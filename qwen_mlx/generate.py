@@ -3,19 +3,32 @@
 `python -m qwen_mlx.generate --model demo --prompt "Once upon a time"` is its command.
 """
 
+if __name__ == "__main__":  # before the imports, which take a while: Ctrl-C among them is answered as it is later
+    import sys
+
+    from qwen_mlx.cli import run
+
+    def _imported() -> None:
+        from qwen_mlx.generate import main
+
+        main()
+
+    sys.exit(run(_imported))
+
 import argparse
 import json
 import operator
+import reprlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import mlx.core as mx
 
 from qwen_mlx.chat.template import render
-from qwen_mlx.cli import Parser, Progress, positive, read_prompt, run
+from qwen_mlx.cli import Parser, Progress, positive, read_prompt
 from qwen_mlx.decoding.autoregressive import decode
 from qwen_mlx.decoding.memory import device_limits
 from qwen_mlx.decoding.prefill import prefill
@@ -65,10 +78,14 @@ def stream_generate(
     `thinking` switches the template's thinking on or off; None leaves it as the checkpoint has it.
     `progress(done, total)` follows the prompt. The texts of all responses make up the answer.
 
-    Raises PromptError for a prompt that is empty, too long or refused by the template, CheckpointError for weights
-    that are not numbers, TokenizerError for a tokenizer of another model, ValueError for a parameter out of range or
-    `thinking` without messages, TypeError for an unknown keyword.
+    Raises PromptError for a prompt that is empty, too long, not Unicode, of messages without role or content, or
+    refused by the template, CheckpointError for weights that are not numbers, TokenizerError for a tokenizer of another
+    model, ValueError for a parameter out of range, `thinking` without messages or one that is no bool, TypeError for a
+    prompt of another kind and for an unknown keyword.
     """
+    known = [field.name for field in fields(SamplingParams)]
+    if unknown := next((name for name in sampling if name not in known), None):
+        raise TypeError(f"There is no option {unknown}; those of sampling are {', '.join(known)}.")
     start = first = time.perf_counter()
     tokens = _prompt_tokens(tokenizer, prompt, thinking)
     room = model.config.text.max_position_embeddings - len(tokens)
@@ -128,13 +145,22 @@ def recommended_params(model: Qwen, *, thinking: bool) -> SamplingParams:
 
 
 def _prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, thinking: bool | None) -> list[int]:
-    if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
+    if not isinstance(prompt, str) and isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         messages = cast(Sequence[Mapping[str, Any]], prompt)
         text = render(tokenizer.chat_template, messages, thinking=thinking, special_tokens=tokenizer.special_tokens)
         return tokenizer.encode(text)
     if thinking is not None:
         raise ValueError("thinking is a switch of the chat template, and only messages go through it: leave it out.")
-    return tokenizer.encode(prompt) if isinstance(prompt, str) else [operator.index(i) for i in cast(Any, prompt)]
+    return tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    try:
+        if not isinstance(prompt, (bytes, bytearray, Mapping, Set)):
+            return [operator.index(i) for i in prompt]
+    except TypeError:
+        pass
+    raise TypeError(f"prompt must be text, a list of token ids or a list of messages, not {reprlib.repr(prompt)}.")
 
 
 def _check(model: Qwen, tokenizer: Tokenizer, tokens: list[int], room: int) -> None:
@@ -176,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         model, tokenizer = load(args.model, revision=args.revision, dtype=args.dtype)
         loaded = time.perf_counter() - start
+        if tokenizer.chat_template is None and not args.raw:
+            raise PromptError("The model has no chat template; give --raw to continue the prompt as it stands.")
         with Progress("Prompt") as progress:
             options = {"prefill_step_size": args.prefill_step_size, "progress": progress.update, "thinking": thinking}
             for last in stream_generate(model, tokenizer, prompt if args.raw else messages, **options, **given):
@@ -198,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL, help=f'folder, hub id, or "demo" (default: {DEFAULT_MODEL})')
     add("--revision", help="branch, tag or commit on the hub")
-    add("--prompt", "-p", help='the prompt; "-" or nothing reads it from stdin')
+    add("--prompt", "-p", help='the prompt; "-" or nothing reads it from stdin, which is left alone else')
     add("--system-prompt", help="instructions that go before the prompt")
     add("--raw", action="store_true", help="continue the prompt as it stands, without the chat template")
     add("--thinking", choices=("auto", "on", "off"), default="auto", help="auto: as the checkpoint's template has it")
@@ -255,7 +283,3 @@ def _summary(last: GenerationResponse) -> str:
         f"Peak memory: {last.peak_memory:.3f} GB\n"
         f"Time to first token: {last.time_to_first_token:.3f} s"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

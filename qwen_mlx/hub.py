@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_mlx.errors import ModelNotFoundError
@@ -11,7 +12,7 @@ DEFAULT_MODEL = "Qwen/Qwen3.5-0.8B"
 RELEASED_MODELS = tuple(
     f"Qwen/Qwen3.5-{size}" for size in ("0.8B", "2B", "4B", "9B", "27B", "35B-A3B", "122B-A10B", "397B-A17B")
 )
-DRAFT_HEADS = ["model-mtp*.safetensors"]  # heads that stand beside a converted model; text does not need them
+HEADS = ["model-mtp*.safetensors"]  # heads that stand beside a converted model; text does not need them
 # The same patterns every time: offline, the client compares what is cached with what they ask for.
 NEEDED_FILES = [
     "config.json",
@@ -25,12 +26,22 @@ NEEDED_FILES = [
 ]
 
 
-def resolve(model: str | Path, *, revision: str | None = None) -> Path:
+def resolve(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    files: Sequence[str] = NEEDED_FILES,
+    ignored: Sequence[str] = HEADS,
+) -> Path:
     """The folder of `model`: the embedded demo for "demo", a local folder, or a downloaded (and cached) hub repository.
+
+    Of a repository `files` are fetched, but for what is `ignored` (patterns); by default what running it takes.
 
     Raises `ModelNotFoundError` with what to do next: no such folder or repository, gated, not logged in, no such
     revision, no network and not cached, disk full.
     """
+    if not str(model):  # as a path it would be the current folder
+        raise ModelNotFoundError(_no_name_of_a_model("An empty name"))
     path = Path(os.path.expanduser(model))
     if revision is not None and (model == "demo" or path.exists()):
         raise ModelNotFoundError(f"{model} is not on the hub and has no revision {revision}; leave the revision out.")
@@ -42,10 +53,10 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Path:
         raise ModelNotFoundError(f"{model} is a file; give the folder that holds config.json and the weights.")
     if str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
         raise ModelNotFoundError(_no_name_of_a_model(str(model)))
-    return _download(str(model), revision)
+    return _download(str(model), revision, files, ignored)
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, files: Sequence[str], ignored: Sequence[str]) -> Path:
     # Late: 0.45 s that a local folder need not pay.
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
@@ -54,7 +65,7 @@ def _download(repo: str, revision: str | None) -> Path:
         disable_progress_bars()
     try:
         folder = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=NEEDED_FILES, ignore_patterns=DRAFT_HEADS)
+            snapshot_download(repo, revision=revision, allow_patterns=list(files), ignore_patterns=list(ignored))
         )
     except (errors.HFValidationError, errors.HTTPError, OSError) as error:
         raise ModelNotFoundError(_reason(repo, revision, error)) from error
@@ -94,7 +105,7 @@ def _reason(repo: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, errors.LocalEntryNotFoundError):
         return (
             f"Cannot reach the hub (no network, or HF_HUB_OFFLINE is set), and {repo} is not completely cached here; "
-            "connect and run this again, or take `--model demo`, which needs no network."
+            "connect and run this again, or take the embedded model, demo, which needs no network."
         )
     if isinstance(error, errors.HTTPError):
         return f"The download of {repo} broke off ({str(error).rstrip('.')}); run this again to finish it."

@@ -5,6 +5,9 @@ import io
 import json
 import os
 import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -16,10 +19,10 @@ from typing import Any
 import pytest
 
 import qwen_mlx.__main__
-from qwen_mlx import __version__, generate, load
+from qwen_mlx import __version__, bench, generate, load
 from qwen_mlx.chat.template import render
 from qwen_mlx.cli import Progress, run
-from qwen_mlx.hub import DEFAULT_MODEL
+from qwen_mlx.hub import DEFAULT_MODEL, resolve
 
 COMMAND = importlib.import_module("qwen_mlx.generate")
 MODEL, TOKENIZER = load("demo")
@@ -111,6 +114,121 @@ def test_a_prompt_on_the_line_leaves_stdin_alone(monkeypatch: pytest.MonkeyPatch
     pipe_in(monkeypatch, b"not read")
     call("--prompt", START)
     assert sys.stdin.read() == "not read"
+
+
+def test_a_mark_of_the_byte_order_at_the_start_of_stdin_is_no_part_of_the_prompt(
+    recorded: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe_in(monkeypatch, "\ufeffOnce \ufeffupon".encode())
+    call("--raw")
+    assert recorded.stream["prompt"] == "Once \ufeffupon"
+
+
+# Python reads what is not UTF-8 on the command line as surrogates.
+@pytest.mark.parametrize(("word", "what"), [("caf\udce9", "The prompt"), ("-", "The prompt on stdin")])
+def test_a_prompt_that_is_not_utf8_is_told_by_its_first_wrong_byte(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, word: str, what: str
+) -> None:
+    pipe_in(monkeypatch, b"caf\xe9")
+    code = call("--prompt", word)
+    said = f"error: {what} is not Unicode text in UTF-8: byte 0xe9 at place 3.\n"
+    assert (code, capsys.readouterr().err) == (2, said)
+
+
+def test_a_prompt_on_the_line_may_have_any_letter(recorded: SimpleNamespace) -> None:
+    call("--raw", "--prompt", "Zoë 🙂 漢")
+    assert recorded.stream["prompt"] == "Zoë 🙂 漢"
+
+
+def test_without_a_chat_template_there_is_raw(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(resolve("demo"), folder, ignore=shutil.ignore_patterns("*.jinja"))
+    code = call("--model", str(folder), "--prompt", START)
+    said = "error: The model has no chat template; give --raw to continue the prompt as it stands.\n"
+    assert (code, *capsys.readouterr()) == (2, "", said)
+    assert call("--model", str(folder), "--prompt", START, "--raw") == 0
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    """`line` after the command with the demo model, a short prompt and its redirections."""
+    command = [sys.executable, "-m", "qwen_mlx.generate", "--model", "demo", "--max-tokens", "2"]
+    return subprocess.run(["sh", "-c", f"{shlex.join(command)} {line}"], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
+def test_what_is_closed_takes_nothing_from_the_answer(closed: str) -> None:
+    """A file that gets the number 0 is one MLX fails on, and a stderr that is None is stdout to print."""
+    done = shell(f"--prompt Hello --json --verbose {closed}")
+    assert (done.returncode, json.loads(done.stdout)["usage"]["completion_tokens"]) == (0, 2)
+
+
+def test_a_closed_stdin_holds_no_prompt() -> None:
+    done = shell("<&-")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: There is no prompt;")
+
+
+def test_an_error_is_not_written_to_stdout_where_stderr_is_closed() -> None:
+    done = shell("--prompt '' 2>&-")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_closed_stdout_is_refused() -> None:
+    done = shell("--prompt Hello >&-")
+    assert (done.returncode, done.stderr) == (2, "error: stdout is closed, so there is nowhere to write to.\n")
+
+
+def test_a_child_gets_what_was_closed_too() -> None:
+    program = (
+        "import subprocess, sys; from qwen_mlx.cli import run\n"
+        "see = 'import os; [os.fstat(n) for n in range(3)]'\n"
+        "run(lambda: print(subprocess.run([sys.executable, '-c', see]).returncode))"
+    )
+    line = f"{shlex.join([sys.executable, '-c', program])} <&-"
+    assert subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=120).stdout == "0\n"
+
+
+def python(program: str) -> tuple[int, str, str]:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("module", ["qwen_mlx.generate", "qwen_mlx", "qwen_mlx.bench"])
+def test_ctrl_c_during_the_imports(module: str) -> None:
+    word = {"qwen_mlx": ["generate"], "qwen_mlx.bench": ["model"]}.get(module, [])
+    program = (
+        "import runpy, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'mlx': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        f"sys.argv[1:] = {word}\n"
+        f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    assert python(program) == (130, "", "Interrupted.\n")
+
+
+def test_a_second_ctrl_c_on_the_way_out() -> None:
+    program = (
+        "import atexit, signal, sys\n"
+        "from qwen_mlx.cli import run\n"
+        "def interrupt(): signal.raise_signal(signal.SIGINT)\n"
+        "atexit.register(interrupt)\n"
+        "sys.exit(run(interrupt))"
+    )
+    assert python(program) == (130, "", "Interrupted.\n")
+
+
+def test_a_second_ctrl_c_does_not_break_off_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupting(io.StringIO):
+        def write(self, text: str) -> int:
+            signal.raise_signal(signal.SIGINT)
+            return super().write(text)
+
+    stderr = Interrupting()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert (run(lambda: signal.raise_signal(signal.SIGINT)), stderr.getvalue()) == (130, "Interrupted.\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_json_is_one_object_with_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,7 +403,14 @@ def test_a_verb_is_the_module_of_its_name(
 def test_offline_without_the_default_model(tmp_path: Path) -> None:
     done = process("qwen_mlx.generate", "--prompt", START, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.returncode == 2
-    assert re.fullmatch(r"error: .*Qwen/Qwen3\.5-0\.8B.*--model demo.*\n", done.stderr)
+    assert re.fullmatch(r"error: .*Qwen/Qwen3\.5-0\.8B.* the embedded model, demo,.*\n", done.stderr)
+
+
+def test_a_model_behind_the_lengths_of_a_bench_is_told_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["model", "-p", "64", "128", "demo"])
+    said = "-p/--prompt: must be an integer, at least 1, not demo; if that is the model, put it first (see "
+    assert said in capsys.readouterr().err
 
 
 def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -337,6 +337,12 @@ def test_thinking_without_a_template_is_refused(prompt: Any) -> None:
         generate(MODEL, TOKENIZER, prompt, thinking=True)
 
 
+@pytest.mark.parametrize("thinking", ["on", "off", 1])
+def test_thinking_is_a_bool_or_none(thinking: Any) -> None:
+    with pytest.raises(ValueError, match="thinking must be True, False or None"):
+        generate(MODEL, TOKENIZER, MESSAGES, thinking=thinking)
+
+
 CARDS = {  # the table on the Qwen3.5 model cards, rows "general text"
     "small_thinking": ({"hidden_size": 1024}, True, {"temperature": 1.0, "top_p": 0.95, "presence_penalty": 1.5}),
     "small": ({"hidden_size": 2048}, False, {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 2.0}),
@@ -406,13 +412,35 @@ def test_an_id_that_the_model_does_not_have_is_refused(wrong: int) -> None:
         generate(MODEL, TOKENIZER, [1, wrong])
 
 
-@pytest.mark.parametrize("prompt", [[1, 2.5], ["a", "b"], [None]], ids=repr)
-def test_ids_are_integers(prompt: Any) -> None:
-    with pytest.raises(TypeError):
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [1, 2.5],
+        ["a", "b"],
+        [None],
+        [[1, 2]],
+        mx.array([[1, 2]]),
+        b"Hello",
+        bytearray(b"Hello"),
+        b"",
+        None,
+        5,
+        {1, 2},
+        MESSAGES[0],
+        ["Who are you?", *MESSAGES],
+    ],
+    ids=repr,
+)
+def test_a_prompt_of_another_kind_is_refused(prompt: Any) -> None:
+    with pytest.raises(TypeError, match="prompt must be text, a list of token ids or a list of messages, not "):
         generate(MODEL, TOKENIZER, prompt)
 
 
-@pytest.mark.parametrize("prompt", [[*MESSAGES, "And you?"], [{"content": "no role"}]], ids=["text", "no_role"])
+@pytest.mark.parametrize(
+    "prompt",
+    [[*MESSAGES, "And you?"], [{"content": "no role"}], [{"role": "user"}]],
+    ids=["text", "no_role", "no_content"],
+)
 def test_messages_of_another_form_are_refused(prompt: Any) -> None:
     with pytest.raises(PromptError):
         generate(MODEL, TOKENIZER, prompt)
@@ -465,7 +493,7 @@ def test_a_bias_on_a_token_that_does_not_exist_is_refused_before_the_prompt_is_r
 
 @pytest.mark.parametrize("name", ["temp", "max_kv_size", "kv_bits", "draft_model"])
 def test_an_unknown_keyword_is_refused(name: str) -> None:
-    with pytest.raises(TypeError, match=name):
+    with pytest.raises(TypeError, match=f"There is no option {name}; those of sampling are temperature, top_p"):
         generate(MODEL, TOKENIZER, START, **{name: 1})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -33,13 +34,16 @@ def render(
 
     `thinking` None leaves the choice to the template: Qwen3.5's sizes differ in their default. Tool calls may carry
     their arguments as JSON text, as OpenAI's do; the template sees objects. The template comes from a download and runs
-    in Jinja's sandbox. Raises PromptError if there is no template, if it is broken, or if it refuses the messages.
+    in Jinja's sandbox. Raises PromptError if there is no template, if it is broken, if it refuses the messages, or if
+    one of them lacks its role or content (an assistant may have none); ValueError if `thinking` is no bool.
     """
+    if thinking is not None and not isinstance(thinking, bool):
+        raise ValueError(f"thinking must be True, False or None, not {thinking!r}.")
     if template is None:
         raise PromptError("The model has no chat template: give the prompt as text, or add a chat_template.jinja.")
     variables: dict[str, Any] = {
         **special_tokens,
-        "messages": [_parse_arguments(message) for message in messages],
+        "messages": [_parse_message(message) for message in messages],
         "tools": tools,
         "add_generation_prompt": add_generation_prompt,
     }
@@ -50,7 +54,8 @@ def render(
     except jinja2.TemplateSyntaxError as error:
         raise PromptError(f"The chat template is broken at line {error.lineno}: {error.message}") from error
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-        raise PromptError(f"The chat template refuses these messages: {error}") from error
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages)) or "none"
+        raise PromptError(f"The chat template refuses these messages (roles: {roles}): {error}") from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -83,10 +88,14 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _parse_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
+def _parse_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """The message with the arguments of its tool calls as objects; the caller's message stays as it is."""
-    if not isinstance(message, Mapping):
-        raise PromptError(f"A message is an object with a role and a content, not {message!r}.")
+    role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+    # A template takes what is missing for an empty text. An assistant that only calls tools may say nothing.
+    if not isinstance(role, str) or (content is None and role != "assistant"):
+        raise PromptError(f"A message is an object with a role and a content, not {reprlib.repr(message)}.")
+    if not isinstance(content, (str, list, tuple, type(None))):
+        raise PromptError(f"The content of a message is text or a list of parts, not {reprlib.repr(content)}.")
     calls = message.get("tool_calls")
     if calls is None:
         return message

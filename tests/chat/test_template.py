@@ -149,14 +149,56 @@ def test_message_that_is_no_object_is_refused() -> None:
         render(TEMPLATE, ["Hello"])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"content": "Hello"},
+        {"role": None, "content": "Hello"},
+        {"role": 5, "content": "Hello"},
+        {"role": "user"},
+        {"role": "user", "content": None},
+        {"role": "tool", "content": None},
+    ],
+    ids=str,
+)
+def test_a_message_without_role_or_content_is_refused(message: dict[str, Any]) -> None:
+    with pytest.raises(PromptError, match=r"A message is an object with a role and a content, not \{"):
+        render("{{ messages }}", [*HELLO, message])
+
+
+@pytest.mark.parametrize("message", [{"role": "assistant"}, {"role": "assistant", "content": None}], ids=str)
+def test_an_assistant_may_have_said_nothing(message: dict[str, Any]) -> None:
+    assert render("{{ messages | length }}", [*HELLO, message]) == "2"
+
+
+@pytest.mark.parametrize("content", [5, b"Hello", {"type": "text", "text": "Hello"}], ids=repr)
+def test_a_content_that_is_neither_text_nor_parts_is_refused(content: object) -> None:
+    with pytest.raises(PromptError, match=r"The content of a message is text or a list of parts, not .*(5|Hello)"):
+        render("{{ messages }}", [{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize("thinking", ["on", "", 1, 0])
+def test_thinking_is_a_bool_or_none(thinking: Any) -> None:
+    with pytest.raises(ValueError, match=f"thinking must be True, False or None, not {thinking!r}"):
+        render(TEMPLATE, HELLO, thinking=thinking)
+
+
 def test_missing_template() -> None:
     with pytest.raises(PromptError, match="no chat template"):
         render(None, HELLO)
 
 
 def test_refusal_of_the_template_is_passed_on() -> None:
-    with pytest.raises(PromptError, match=re.escape("refuses these messages: No messages provided.")):
+    with pytest.raises(PromptError, match=re.escape("refuses these messages (roles: none): No messages provided.")):
         render(TEMPLATE, [])
+
+
+def test_a_refusal_tells_the_roles() -> None:
+    # Of a role that they do not know, templates say no more than that.
+    messages = [*HELLO, {"role": "narrator", "content": "Night fell."}, *HELLO]
+    with pytest.raises(PromptError, match=re.escape("(roles: user, narrator): Unexpected message role.")):
+        render("{{ raise_exception('Unexpected message role.') }}", messages)
 
 
 @pytest.mark.parametrize("template", ["\n{% if %}", "\n{{ 1 | nofilter }}", "\n{% nosuchtag %}"])
@@ -220,7 +262,8 @@ def test_block_lines_leave_no_white_space() -> None:
     ],
 )
 def test_tojson_is_plain_json(call: str, expected: str) -> None:
-    assert render("{{ messages[0] | " + call + " }}", [{"b": "ü<", "a": [1, 2]}]) == expected
+    message = {"role": "user", "content": [{"b": "ü<", "a": [1, 2]}]}
+    assert render("{{ messages[0].content[0] | " + call + " }}", [message]) == expected
 
 
 def test_loop_controls() -> None:
