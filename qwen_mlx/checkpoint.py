@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -40,10 +41,13 @@ PLAUSIBLE_GAIN = (0.5, 1.6)  # mean over all layer norms of the released models,
 
 @dataclass(frozen=True)
 class Header:
-    """One tensor as its file's header describes it."""
+    """One tensor as its file's header describes it: `dtype` as safetensors spells it, `offset` in bytes of the file."""
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -51,24 +55,26 @@ class Checkpoint:
     folder: Path
     layout: str  # "released", "MLX" or "qwen_mlx"
     headers: dict[str, Header]  # by the name in the file; text model only
+    others: dict[str, Header]  # draft head and vision tower
     names: dict[str, str]  # name in the file -> name in our modules
 
     def tensors(self) -> dict[str, mx.array]:
         """Every text tensor, lazy, by our name; the gains of the layout decided by structure and checked by value."""
         files = sorted({header.file for header in self.headers.values()})
-        raw = {name: array for file in files for name, array in _load(file).items() if name in self.names}
+        raw = {name: array for file in files for name, array in load_file(file).items() if name in self.names}
         tensors: dict[str, mx.array] = {}
         for name, array in raw.items():
-            reformed = _reform(self.names[name], array)
+            reformed = reform(self.names[name], array)
             if again := reformed.keys() & tensors.keys():
                 raise CheckpointError(f"{self.folder} stores {some(again)} twice, under different names.")
             tensors |= reformed
         floating = {n: a for n, a in tensors.items() if mx.issubdtype(a.dtype, mx.floating)}
-        gains = {n: a.astype(mx.float32) for n, a in floating.items() if ZERO_CENTRED.search(n)}
-        tensors |= self._absolute(gains)
-        if self.layout == "qwen_mlx":
-            tensors |= self._exact_gains(gains)
-        return tensors
+        return tensors | self.gains({n: a for n, a in floating.items() if ZERO_CENTRED.search(n)})
+
+    def gains(self, stored: dict[str, mx.array]) -> dict[str, mx.array]:
+        """All zero-centred gains as they are stored, by our names -> 1 + w in float32, as exact as the folder has it."""
+        stored = {name: array.astype(mx.float32) for name, array in stored.items()}
+        return self._absolute(stored) | (self._exact_gains(stored) if self.layout == "qwen_mlx" else {})
 
     def _absolute(self, gains: dict[str, mx.array]) -> dict[str, mx.array]:
         """1 + w where w is stored. Only whole families are judged: one layer's mean may lie anywhere."""
@@ -90,8 +96,8 @@ class Checkpoint:
 
     def _exact_gains(self, rounded: dict[str, mx.array]) -> dict[str, mx.array]:
         file = self.folder / GAINS
-        names = {name: _our_name(name) or name for name in _read_header(file)}
-        exact = {names[name]: array.astype(mx.float32) for name, array in _load(file).items()}
+        names = {name: our_name(name) or name for name in read_header(file)}
+        exact = {names[name]: array.astype(mx.float32) for name, array in load_file(file).items()}
         if unknown := exact.keys() - rounded.keys():
             raise CheckpointError(f"{file} holds unknown gains: {some(unknown)}.")
         for name, array in exact.items():
@@ -110,22 +116,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises `CheckpointError` for missing, truncated or unreadable files, unknown tensors, a tensor stored twice, and
     files of two conventions in one folder.
     """
-    headers: dict[str, Header] = {}
-    for file in _files(folder):
-        for name, header in _read_header(file).items():
-            if OTHER_PARTS.match(name):
-                continue
-            if name in headers:
-                raise CheckpointError(f"{name} is stored twice, in {headers[name].file.name} and {file.name}.")
-            headers[name] = header
-    names = {name: _our_name(name) for name in headers}
+    every: dict[str, Header] = {}
+    for file in weight_files(folder):
+        for name, header in read_header(file).items():
+            if name in every:
+                raise CheckpointError(f"{name} is stored twice, in {every[name].file.name} and {file.name}.")
+            every[name] = header
+    others = {name: header for name, header in every.items() if OTHER_PARTS.match(name)}
+    headers = {name: header for name, header in every.items() if name not in others}
+    names = {name: our_name(name) for name in headers}
     unknown = [name for name, ours in names.items() if ours is None]
     if unknown:
         raise CheckpointError(f"{folder} holds tensors that Qwen3.5 does not have: {some(unknown)}.")
-    return Checkpoint(folder, _layout(folder, headers), headers, {k: v for k, v in names.items() if v is not None})
+    known = {k: v for k, v in names.items() if v is not None}
+    return Checkpoint(folder, _layout(folder, headers), headers, others, known)
 
 
-def _reform(name: str, array: mx.array) -> dict[str, mx.array]:
+def reform(name: str, array: mx.array) -> dict[str, mx.array]:
     """The tensor as our modules hold it: convolutions [Cn, K], and the experts' gate and up projections apart."""
     if name.endswith(CONV):
         return {name: array.squeeze(1 if array.shape[1] == 1 else 2)}
@@ -140,7 +147,7 @@ def _reform(name: str, array: mx.array) -> dict[str, mx.array]:
     return {name: array}
 
 
-def _our_name(name: str) -> str | None:
+def our_name(name: str) -> str | None:
     for prefix, ours in PREFIXES:
         if name.startswith(prefix):
             return ours + name.removeprefix(prefix)
@@ -165,7 +172,7 @@ def _layout(folder: Path, headers: dict[str, Header]) -> str:
     return "qwen_mlx" if (folder / GAINS).exists() else "MLX"
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The weight files, by the index where there is one."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -195,7 +202,7 @@ def _unlisted_shards(files: list[Path]) -> list[str]:
     return sorted(promised - {file.name for file in files})
 
 
-def _read_header(file: Path) -> dict[str, Header]:
+def read_header(file: Path) -> dict[str, Header]:
     """The tensors of a safetensors file (8 bytes of length, JSON, data), once all of its data is known to be there."""
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -207,16 +214,24 @@ def _read_header(file: Path) -> dict[str, Header]:
         try:
             entries = json.loads(stream.read(length))
             entries.pop("__metadata__", None)
-            found = {n: (tuple(e["shape"]), int(e["data_offsets"][1])) for n, e in entries.items()}
+            found = {name: _header(file, 8 + length, entry) for name, entry in entries.items()}
+            needed = max((8 + length + entry["data_offsets"][1] for entry in entries.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise CheckpointError(f"{file} is no safetensors file: its header cannot be read.") from None
-    needed = 8 + length + max((end for _, end in found.values()), default=0)
     if size < needed:
         raise CheckpointError(f"{file} is truncated: {size} of {needed} bytes; download it again.")
-    return {name: Header(file, shape) for name, (shape, _) in found.items()}
+    return found
 
 
-def _load(file: Path) -> dict[str, mx.array]:
+def _header(file: Path, data: int, entry: Any) -> Header:
+    """From an entry of the header of `file`, whose data begins at byte `data`."""
+    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if any(type(size) is not int or size < 0 for size in (*shape, start, end - start)):
+        raise ValueError
+    return Header(file, shape, str(entry["dtype"]), data + start, end - start)
+
+
+def load_file(file: Path) -> dict[str, mx.array]:
     try:
         arrays = mx.load(str(file))
     except RuntimeError as error:

@@ -72,15 +72,19 @@ def read_config(folder: Path) -> ModelConfig:
     Raises `CheckpointError` for a folder without config.json, another architecture, a missing value, a size that is
     not a positive integer, and values that contradict each other.
     """
-    raw = read_json(folder / "config.json")
+    generation_file = folder / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.exists() else {}
+    return parse_config(read_json(folder / "config.json"), generation, folder)
+
+
+def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any], folder: Path) -> ModelConfig:
+    """The contents of config.json and generation_config.json; `folder` is where they are said to come from."""
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(
             f"{folder} holds a model of type {model_type!r}; qwen_mlx runs Qwen3.5 only ({', '.join(MODEL_TYPES)})."
         )
     nested = _object(raw, "text_config") if "text_config" in raw else raw
-    generation_file = folder / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.exists() else {}
     for source in (raw, nested):
         # MLX's own quantization names no method, and is read off the tensors.
         method = source.get("quantization_config") and _object(source, "quantization_config").get("quant_method")

@@ -13,9 +13,17 @@ class CheckpointError(QwenMLXError):
     """A model folder was found, but what is in it cannot be used: configuration, tensors or values."""
 
 
+class ConversionError(QwenMLXError):
+    """A conversion that cannot be made as asked for: the folder is taken, the forms do not fit, the result is bad."""
+
+
 class TokenizerError(QwenMLXError):
     """The tokenizer's files are missing, broken, or would give wrong token ids."""
 
 
 class PromptError(QwenMLXError):
     """The prompt cannot be answered: empty, not text, refused by the chat template, or too long."""
+
+
+class UploadError(QwenMLXError):
+    """A model cannot be published: it is not verified, or the hub cannot be reached or does not take it."""

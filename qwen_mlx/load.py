@@ -1,8 +1,9 @@
 """A path or hub id to a model that is ready to run, and its tokenizer."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +22,7 @@ from qwen_mlx.tokenizer import Tokenizer
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 # Rounding one of these to 16 bits moves the logits more than everything else that is rounded.
-ALWAYS_FLOAT32 = ("norm.weight", "A_log", "dt_bias")
+ALWAYS_FLOAT32 = ("norm.weight", "norm_embedding.weight", "norm_hidden.weight", "A_log", "dt_bias")
 MODES = {(32, 4): "mxfp4", (32, 8): "mxfp8", (16, 4): "nvfp4"}  # (group size, bits) of the formats without biases
 LARGEST_FLOAT16 = 65504.0
 
@@ -50,17 +51,10 @@ def load_model(folder: Path, *, dtype: str = "auto") -> Qwen:
         # Some tied releases store the head a second time.
         tensors = {name: array for name, array in tensors.items() if not name.startswith("lm_head.")}
     model = Qwen(config)
-    _quantize_like(model, tensors)
-    _check_tensors(folder, model, tensors)
+    quantize_like(folder, model, tensors)
+    check_tensors(folder, model, tensors)
     model.dtype = _choose_dtype(folder, dtype, tensors)
-    for name, array in tensors.items():
-        if mx.issubdtype(array.dtype, mx.floating):
-            wide = name.endswith(ALWAYS_FLOAT32)
-            tensors[name] = array.astype(mx.float32 if wide else model.dtype)
-    model.load_weights(list(tensors.items()))
-    model.eval()
-    if gpu_generation() is not None:  # on a CPU a launch costs nothing, and wider matmuls are no faster
-        fuse_projections(model)
+    set_weights(model, tensors, model.dtype)
     check_kernels(*_sizes(config.text, model.dtype))
     return model
 
@@ -87,11 +81,22 @@ def _sizes(config: TextConfig, dtype: mx.Dtype) -> tuple[Sizes, AttentionSizes]:
 
 def weights_with_nan(model: Qwen) -> list[str]:
     """Names of the weights that hold NaN or infinity; reads all of them."""
-    weights = _parameters(model).items()
+    weights = parameters(model).items()
     return [n for n, a in weights if mx.issubdtype(a.dtype, mx.floating) and not mx.isfinite(a).all().item()]
 
 
-def _quantize_like(model: Qwen, tensors: dict[str, mx.array]) -> None:
+class Described(Protocol):
+    """An array, or a tensor of which no more than this is known yet."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> mx.Dtype: ...
+    @property
+    def ndim(self) -> int: ...
+
+
+def quantize_like(place: Path | str, model: nn.Module, tensors: Mapping[str, Described]) -> None:
     """Give every layer that has scales the quantized form its tensors show: bits and group size follow from shapes."""
 
     def form(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -106,7 +111,7 @@ def _quantize_like(model: Qwen, tensors: dict[str, mx.array]) -> None:
         known = group_size in (32, 64, 128) and bits in (2, 3, 4, 5, 6, 8) if affine else mode is not None
         if not known or rest or size % group_size:
             raise CheckpointError(
-                f"{path} is quantized in a way MLX does not know: {bits} bits in groups of {group_size}, "
+                f"{place}: {path} is quantized in a way MLX does not know: {bits} bits in groups of {group_size}, "
                 f"{'with' if affine else 'without'} biases."
             )
         return {"group_size": group_size, "bits": bits, "mode": mode}
@@ -114,28 +119,40 @@ def _quantize_like(model: Qwen, tensors: dict[str, mx.array]) -> None:
     nn.quantize(model, class_predicate=form)
 
 
-def _check_tensors(folder: Path, model: Qwen, tensors: dict[str, mx.array]) -> None:
-    expected = _parameters(model)
+def check_tensors(place: Path | str, model: nn.Module, tensors: Mapping[str, Described]) -> None:
+    """`CheckpointError` where `tensors`, found in `place`, are not the weights of `model`: names, shapes, kinds."""
+    expected = parameters(model)
     if missing := expected.keys() - tensors.keys():
-        raise CheckpointError(f"{folder} lacks {some(missing)}; download or convert the model again.")
+        raise CheckpointError(f"{place} lacks {some(missing)}; download or convert the model again.")
     if extra := tensors.keys() - expected.keys():
-        raise CheckpointError(f"{folder} holds tensors that its config.json does not speak of: {some(extra)}.")
+        raise CheckpointError(f"{place} holds tensors that its config.json does not speak of: {some(extra)}.")
     for name, wanted in expected.items():
         found = tensors[name]
         if found.shape != wanted.shape:
             raise CheckpointError(
-                f"{folder}: {name} has shape {found.shape}, config.json asks for {wanted.shape}; take both files from "
+                f"{place}: {name} has shape {found.shape}, config.json asks for {wanted.shape}; take both files from "
                 "one release."
             )
         # Where floats are wanted any kind is read; packed weights and their scales are what they are.
-        if found.dtype != wanted.dtype and not all(mx.issubdtype(a.dtype, mx.floating) for a in (found, wanted)):
+        if found.dtype != wanted.dtype and not all(mx.issubdtype(d, mx.floating) for d in (found.dtype, wanted.dtype)):
             raise CheckpointError(
-                f"{folder}: {name} is stored as {found.dtype}, where {wanted.dtype} is wanted; take the unquantized "
+                f"{place}: {name} is stored as {found.dtype}, where {wanted.dtype} is wanted; take the unquantized "
                 "release or an MLX conversion."
             )
 
 
-def _parameters(model: Qwen) -> dict[str, mx.array]:
+def set_weights(model: nn.Module, tensors: dict[str, mx.array], dtype: mx.Dtype) -> None:
+    """`tensors` become the weights of `model`, in `dtype` but for what is float32 always."""
+    for name, array in tensors.items():
+        if mx.issubdtype(array.dtype, mx.floating):
+            tensors[name] = array.astype(mx.float32 if name.endswith(ALWAYS_FLOAT32) else dtype)
+    model.load_weights(list(tensors.items()))
+    model.eval()
+    if gpu_generation() is not None:  # on a CPU a launch costs nothing, and wider matmuls are no faster
+        fuse_projections(model)
+
+
+def parameters(model: nn.Module) -> dict[str, mx.array]:
     flat = tree_flatten(model.parameters(), destination={})
     assert isinstance(flat, dict)
     return flat
@@ -143,7 +160,7 @@ def _parameters(model: Qwen) -> dict[str, mx.array]:
 
 def _choose_dtype(folder: Path, dtype: str, tensors: dict[str, mx.array]) -> mx.Dtype:
     chosen = DTYPES[auto_dtype(gpu_generation()) if dtype == "auto" else dtype]
-    if chosen == mx.float16 and (large := _too_large_for_float16(tensors)):
+    if chosen == mx.float16 and (large := too_large_for_float16(tensors)):
         if dtype != "auto":
             raise CheckpointError(f"{folder} does not fit float16: {some(large)} exceed 65504; use bfloat16.")
         warnings.warn(f"{some(large)} exceed float16's 65504; running in bfloat16 instead.", stacklevel=3)
@@ -158,6 +175,7 @@ def auto_dtype(generation: int | None) -> str:
     return "bfloat16" if generation >= 15 else "float16"
 
 
-def _too_large_for_float16(tensors: dict[str, mx.array]) -> list[str]:
+def too_large_for_float16(tensors: dict[str, mx.array]) -> list[str]:
+    """Names of the tensors that hold a value beyond 65504, which would become infinity; reads all that may."""
     wide = {n: a for n, a in tensors.items() if a.dtype in (mx.bfloat16, mx.float32) and not n.endswith(ALWAYS_FLOAT32)}
     return [name for name, array in wide.items() if (mx.max(mx.abs(array)) > LARGEST_FLOAT16).item()]

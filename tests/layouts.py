@@ -33,6 +33,41 @@ def trunk(tensors: Tensors) -> Tensors:
     return {name: array for name, array in tensors.items() if not name.startswith("mtp.")}
 
 
+def draft_head(tensors: Tensors) -> Tensors:
+    """The tensors of the draft head by bare names, as the release stores them."""
+    return {name.removeprefix("mtp."): array for name, array in tensors.items() if name.startswith("mtp.")}
+
+
+def is_head_gain(name: str) -> bool:
+    """Whether the tensor of this bare name of the head is stored as w, for a gain of 1 + w: all of its norms are."""
+    return "norm" in name
+
+
+def absolute_head(head: Tensors) -> Tensors:
+    """Gains 1 + w, in float32."""
+    return {n: 1 + a.astype(mx.float32) if is_head_gain(n) else a for n, a in head.items()}
+
+
+def stacked_experts(head: Tensors) -> Tensors:
+    """Gate and up projection of all experts apart, under MLX's names."""
+    apart = {name: array for name, array in head.items() if ".experts." not in name}
+    for name in head.keys() - apart.keys():
+        before, kind = name.split("experts.")
+        halves = mx.split(head[name], 2, axis=1) if kind == "gate_up_proj" else [head[name]]
+        kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+        apart |= {f"{before}switch_mlp.{one}.weight": half for one, half in zip(kinds, halves)}
+    return apart
+
+
+def single_experts(head: Tensors) -> Tensors:
+    """A tensor for each expert, as the largest release stores them: `mlp.experts.3.up_proj.weight`."""
+    single: Tensors = {}
+    for name, array in stacked_experts(head).items():
+        before, stacked, kind = name.partition("switch_mlp.")
+        single |= {f"{before}experts.{e}.{kind}": one for e, one in enumerate(array)} if stacked else {name: array}
+    return single
+
+
 def exact_gains(tensors: Tensors) -> Tensors:
     """Under MLX names, 1 + w in float32."""
     return {mlx_name(n): 1 + a.astype(mx.float32) for n, a in trunk(tensors).items() if is_gain(n)}
@@ -65,10 +100,12 @@ def _mlx_prefix(match: re.Match[str]) -> str:
     return "language_model.lm_head." if match[1] == "lm_head" else "language_model.model."
 
 
-def write(folder: Path, source: Path, tensors: Mapping[str, mx.array], file: str = "model.safetensors") -> Path:
+def write(
+    folder: Path, source: Path, tensors: Mapping[str, mx.array], file: str = "model.safetensors", made_by: str = "mlx"
+) -> Path:
     """`tensors` in `file` of `folder`, with the configuration of `source`."""
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json"):
         shutil.copy(source / name, folder)
-    mx.save_safetensors(str(folder / file), dict(tensors), metadata={"format": "mlx"})
+    mx.save_safetensors(str(folder / file), dict(tensors), metadata={"format": made_by})
     return folder

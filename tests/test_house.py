@@ -25,10 +25,11 @@ ORDER = [
     ["model"],
     ["tokenizer", "chat"],
     ["load"],
-    ["decoding"],
-    ["generate"],
+    ["load_mtp", "decoding"],
+    ["generate", "evaluation"],
     ["__init__"],
-    ["server", "bench", "convert", "demo"],
+    ["server", "bench", "perplexity", "convert", "demo"],
+    ["upload"],
     ["__main__"],
 ]
 LINE = {part: number for number, line in enumerate(ORDER) for part in line}
