@@ -8,7 +8,10 @@ from qwen_mlx.cli import Parser, run
 
 VERBS = {
     "generate": "write a text with a Qwen3.5 model",
+    "perplexity": "measure how well a model predicts a text",
     "bench": "measure what the package is made of",
+    "convert": "pull, quantize, prove and publish a checkpoint",
+    "upload": "publish a converted model on the hub",
 }
 
 

@@ -11,9 +11,12 @@ qwen_mlx   the MLX layout with the exact float32 gains in qwen_mlx/gains.safeten
 
 import json
 import math
+import os
 import re
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +38,19 @@ OTHER_PARTS = re.compile(r"^(model\.)?(language_model\.)?(model\.)?(visual|mtp)\
 ZERO_CENTRED = re.compile(r"(layernorm|q_norm|k_norm|^model\.norm)\.weight$")
 CONV = "linear_attn.conv1d.weight"
 GAINS = Path("qwen_mlx", "gains.safetensors")
+INDEX = "model.safetensors.index.json"
 ROUNDING = 2.0**-8  # of a bfloat16, relative, with room for another way of rounding
 PLAUSIBLE_GAIN = (0.5, 1.6)  # mean over all layer norms of the released models, and of their conversions, with room
+
+
+# Bytes of the kinds of numbers that MLX reads, as safetensors spells them.
+SIZES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "C64"), 8),
+}
+LARGEST_HEADER = 100_000_000  # bytes; the format's own bound
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ class Checkpoint:
         return tensors | self.gains({n: a for n, a in floating.items() if ZERO_CENTRED.search(n)})
 
     def gains(self, stored: dict[str, mx.array]) -> dict[str, mx.array]:
-        """All zero-centred gains as they are stored, by our names -> 1 + w in float32, as exact as the folder has it."""
+        """All zero-centred gains as stored, by our names -> 1 + w in float32, as exact as the folder has it."""
         stored = {name: array.astype(mx.float32) for name, array in stored.items()}
         return self._absolute(stored) | (self._exact_gains(stored) if self.layout == "qwen_mlx" else {})
 
@@ -174,11 +188,13 @@ def _layout(folder: Path, headers: dict[str, Header]) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The weight files, by the index where there is one."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise CheckpointError(f"{index} has no weight_map from tensors to files; download it again.")
+        if outside := {name for name in weight_map.values() if Path(name).is_absolute() or ".." in Path(name).parts}:
+            raise CheckpointError(f"{index} names files outside of its folder: {some(outside)}; download it again.")
         files = [folder / name for name in sorted(set(weight_map.values()))]
     else:
         # A draft head that stands beside the model (model-mtp.safetensors) has bare names; text does not need it.
@@ -186,7 +202,7 @@ def weight_files(folder: Path) -> list[Path]:
         files += [folder / name for name in _unlisted_shards(files)]
     if not files:
         raise CheckpointError(f"{folder} holds no model*.safetensors file.")
-    missing = [file.name for file in files if not file.exists()]
+    missing = [file.name for file in files if not os.path.isfile(file)]  # False for names that no file can have
     if missing:
         raise CheckpointError(f"{folder} lacks {some(missing)}; download the model again.")
     return files
@@ -196,7 +212,7 @@ def _unlisted_shards(files: list[Path]) -> list[str]:
     """Names that 'model-00001-of-00003' promises and the folder does not keep."""
     promised = set()
     for file in files:
-        if match := re.search(r"(\d+)-of-(\d+)", file.name):
+        if match := re.search(r"(\d{1,5})-of-(\d{1,5})\b", file.name):
             count, width = int(match[2]), len(match[1])
             promised |= {file.name.replace(match[0], f"{i:0{width}}-of-{match[2]}") for i in range(1, count + 1)}
     return sorted(promised - {file.name for file in files})
@@ -212,23 +228,61 @@ def read_header(file: Path) -> dict[str, Header]:
                 f"{file} is truncated or no safetensors file: {size} bytes cannot hold its header; download it again."
             )
         try:
-            entries = json.loads(stream.read(length))
-            entries.pop("__metadata__", None)
-            found = {name: _header(file, 8 + length, entry) for name, entry in entries.items()}
-            needed = max((8 + length + entry["data_offsets"][1] for entry in entries.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise CheckpointError(f"{file} is no safetensors file: its header cannot be read.") from None
-    if size < needed:
-        raise CheckpointError(f"{file} is truncated: {size} of {needed} bytes; download it again.")
+            if length > LARGEST_HEADER:
+                raise ValueError
+            entries = json.loads(stream.read(length), object_pairs_hook=partial(_told_once, file))
+            metadata = entries.pop("__metadata__", None) or {}
+            "".join([*entries, *metadata, *metadata.values()]).encode()  # MLX takes nothing but text
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise CheckpointError(
+                f"{file} is no safetensors file: its header cannot be read; download it again."
+            ) from None
+    found = {name: _header(file, 8 + length, name, entry) for name, entry in entries.items()}
+    _check_places(file, 8 + length, size, found)
     return found
 
 
-def _header(file: Path, data: int, entry: Any) -> Header:
-    """From an entry of the header of `file`, whose data begins at byte `data`."""
-    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if any(type(size) is not int or size < 0 for size in (*shape, start, end - start)):
-        raise ValueError
-    return Header(file, shape, str(entry["dtype"]), data + start, end - start)
+def _told_once(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    told = dict(pairs)
+    if len(told) < len(pairs):
+        again = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
+        raise CheckpointError(f"{file}: its header tells {some(again)} twice; download it again.")
+    return told
+
+
+def _header(file: Path, data: int, name: str, entry: Any) -> Header:
+    """From the entry for `name` in the header of `file`, whose data begins at byte `data`."""
+    try:
+        shape, (start, end), dtype = tuple(entry["shape"]), entry["data_offsets"], str(entry["dtype"])
+        # MLX counts rows and columns in 32 bits.
+        if any(type(n) is not int or n < 0 for n in (*shape, start, end - start)) or max(shape, default=0) >= 2**31:
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{file} is no safetensors file: its header cannot be read, where it tells of {name}; download it again."
+        ) from None
+    if dtype not in SIZES:
+        raise CheckpointError(f"{file} cannot be loaded ({name} is stored as {dtype}); download it again.")
+    if end - start != math.prod(shape) * SIZES[dtype]:
+        raise CheckpointError(
+            f"{file} cannot be loaded ({name}, {list(shape)} in {dtype}, cannot have {end - start} bytes); download it "
+            "again."
+        )
+    return Header(file, shape, dtype, data + start, end - start)
+
+
+def _check_places(file: Path, data: int, size: int, headers: Mapping[str, Header]) -> None:
+    """Tensors stand one behind the other, in any order, and fill the file of `size` bytes from byte `data` on."""
+    end = max((header.offset + header.nbytes for header in headers.values()), default=data)
+    if size < end:
+        raise CheckpointError(f"{file} is truncated: {size} of {end} bytes; download it again.")
+    if size > end:
+        raise CheckpointError(f"{file} has {size} bytes, and its header tells of {end}; download it again.")
+    for name, header in sorted(headers.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if header.offset != data:
+            what = "overlaps with" if header.offset < data else "leaves a hole behind"
+            raise CheckpointError(f"{file}: {name} {what} the tensor before it; download it again.")
+        data += header.nbytes
 
 
 def load_file(file: Path) -> dict[str, mx.array]:

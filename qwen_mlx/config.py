@@ -14,6 +14,10 @@ from typing import Any
 from qwen_mlx.errors import CheckpointError
 
 FULL, LINEAR = "full_attention", "linear_attention"
+LARGEST = 2**24  # no size of a model comes near, and MLX counts rows and columns in 32 bits
+MOST_LAYERS = 1000
+LARGEST_FLOAT = 3e38  # in float32
+DEPTH = 64  # objects and lists inside each other
 MODEL_TYPES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 
 
@@ -107,11 +111,18 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is not a model folder: it has no {path.name}.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, it holds {type(content).__name__}.")
+    if _is_deeper(content, DEPTH):
+        raise CheckpointError(f"{path} has more than {DEPTH} objects or lists inside each other; download it again.")
     return content
+
+
+def _is_deeper(content: dict[str, Any] | list[Any], levels: int) -> bool:
+    children = content.values() if isinstance(content, dict) else content
+    return levels == 0 or any(_is_deeper(child, levels - 1) for child in children if isinstance(child, dict | list))
 
 
 def _eos_token_ids(*sources: Mapping[str, Any]) -> tuple[int, ...]:
@@ -124,7 +135,7 @@ def _eos_token_ids(*sources: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _text_config(nested: Mapping[str, Any], raw: Mapping[str, Any], *, has_experts: bool) -> TextConfig:
-    layers = _size(nested, "num_hidden_layers")
+    layers = _size(nested, "num_hidden_layers", MOST_LAYERS)
     text = TextConfig(
         hidden_size=_size(nested, "hidden_size"),
         num_hidden_layers=layers,
@@ -162,16 +173,18 @@ def _require(source: Mapping[str, Any], name: str) -> Any:
     return source[name]
 
 
-def _size(source: Mapping[str, Any], name: str) -> int:
+def _size(source: Mapping[str, Any], name: str, most: int = LARGEST) -> int:
     value = _require(source, name)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
         raise CheckpointError(f"config.json: {name} must be a positive integer, it is {value!r}.")
+    if value > most:
+        raise CheckpointError(f"config.json: {name} is {value}, and no model has more than {most}; download it again.")
     return value
 
 
 def _positive(source: Mapping[str, Any], name: str) -> float:
     value = _require(source, name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST_FLOAT:
         raise CheckpointError(f"config.json: {name} must be a positive number, it is {value!r}.")
     return float(value)
 
@@ -241,6 +254,13 @@ def _check_agreement(text: TextConfig, nested: Mapping[str, Any]) -> None:
         a, b = getattr(text, many), getattr(text, few)
         if a % b:
             raise CheckpointError(f"config.json: {many} ({a}) must be a multiple of {few} ({b}).")
+    for sizes, rows in (
+        ("num_attention_heads x head_dim", 2 * text.num_attention_heads * text.head_dim),
+        ("linear_num_key_heads x linear_key_head_dim", 2 * text.linear_num_key_heads * text.linear_key_head_dim),
+        ("linear_num_value_heads x linear_value_head_dim", text.linear_num_value_heads * text.linear_value_head_dim),
+    ):
+        if rows > LARGEST:
+            raise CheckpointError(f"config.json: {sizes} is {rows}, and no model has more than {LARGEST}.")
     rotary, section = text.rotary_dim, text.rope_parameters.mrope_section
     if rotary == 0 or rotary % 2 or rotary > text.head_dim or 2 * sum(section) != rotary:
         raise CheckpointError(

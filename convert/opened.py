@@ -1,0 +1,87 @@
+"""A source together with the modules its tensors belong to, checked against each other by names and shapes."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from qwen_mlx.config import ModelConfig, parse_config, read_json
+from qwen_mlx.convert.dequantize import dequantized, is_quantized
+from qwen_mlx.convert.gguf import open_gguf
+from qwen_mlx.convert.source import Source, open_source
+from qwen_mlx.errors import CheckpointError, ConversionError
+from qwen_mlx.load import check_tensors, quantize_like
+from qwen_mlx.model.mtp import MTPHead
+from qwen_mlx.model.qwen import Qwen
+
+SAME_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Opened:
+    """`source` fits `model()` and, where it has a draft head, `head()`: modules whose weights nobody has read."""
+
+    path: Path
+    source: Source
+    config: ModelConfig
+
+    def model(self) -> Qwen:
+        model = Qwen(self.config)
+        quantize_like(self.path, model, self.source.text)
+        return model
+
+    def head(self) -> MTPHead | None:
+        if not self.source.mtp:
+            return None
+        head = MTPHead(self.config.text)
+        quantize_like(self.path, head, self.source.mtp)
+        return head
+
+    @property
+    def quantized(self) -> bool:
+        return is_quantized(self.model())
+
+
+def open_model(path: Path, *, dequantize: bool = False) -> Opened:
+    """The checkpoint in the folder, or GGUF file, `path`; `dequantize` gives the float form of a quantized one.
+
+    Raises `CheckpointError` where tensors and configuration disagree, besides what `open_source` raises, and
+    `ConversionError` where there is nothing to dequantize.
+    """
+    source = open_gguf(path) if path.is_file() else open_source(path)
+    config = parse_config(source.config, _generation(source), path)
+    if config.text.tie_word_embeddings:
+        # Some tied releases store the head a second time.
+        _check_second_head(path, source)
+        source = replace(source, text={n: t for n, t in source.text.items() if not n.startswith("lm_head.")})
+    opened = Opened(path, source, config)
+    check_tensors(path, opened.model(), source.text)
+    if (head := opened.head()) is not None:
+        check_tensors(f"The MTP head in {path}", head, source.mtp)
+    if not dequantize:
+        return opened
+    if not opened.quantized:
+        raise ConversionError(f"{path} is not quantized, so there is nothing to dequantize; leave --dequantize out.")
+    mtp = dequantized(source.mtp, head) if head is not None else {}
+    return Opened(path, replace(source, text=dequantized(source.text, opened.model()), mtp=mtp), config)
+
+
+def _check_second_head(path: Path, source: Source) -> None:
+    """The first rows tell a copy of the embeddings from a head of its own, which would be dropped without a word."""
+    for kind in ("weight", "scales", "biases"):
+        head, embeddings = source.text.get(f"lm_head.{kind}"), source.text.get(f"model.embed_tokens.{kind}")
+        if head is None or embeddings is None or (head.shape, head.dtype) != (embeddings.shape, embeddings.dtype):
+            continue
+        rows = min(SAME_ROWS, head.shape[0])
+        if not mx.array_equal(head.rows(0, rows), embeddings.rows(0, rows)).item():
+            raise CheckpointError(
+                f"{path}: lm_head.{kind} is not model.embed_tokens.{kind}, and config.json says tie_word_embeddings; "
+                "take both files from one release."
+            )
+
+
+def _generation(source: Source) -> dict[str, Any]:
+    file = source.files.get("generation_config.json", b"{}")
+    return dict(json.loads(file)) if isinstance(file, bytes) else read_json(file)
