@@ -3,12 +3,16 @@
 It trains through mlx-lm's model of the written folder, since our kernels have no gradients; the teacher is ours.
 """
 
+import shutil
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import mlx.core as mx
 
 from qwen_mlx.checkpoint import load_file
+from qwen_mlx.convert.folder import TUNED
 from qwen_mlx.convert.opened import Opened
 from qwen_mlx.errors import ConversionError
 from qwen_mlx.load import DTYPES, parameters, set_weights
@@ -16,18 +20,22 @@ from qwen_mlx.load import DTYPES, parameters, set_weights
 SAMPLES = 1024  # windows in all; a shorter text is read again
 BATCH = 4
 LEARNING_RATE = 1e-6  # mlx-lm's own
-DONE = "dwq.done"
 
 
 def tune(
-    folder: Path, opened: Opened, windows: Sequence[mx.array], dtype: str, *,
-    samples: int = SAMPLES, learning_rate: float = LEARNING_RATE,
-) -> None:  # fmt: skip
+    folder: Path,
+    opened: Opened,
+    windows: Sequence[mx.array],
+    dtype: str,
+    *,
+    samples: int = SAMPLES,
+    learning_rate: float = LEARNING_RATE,
+) -> None:
     """Replace scales and biases in the shards of `folder`, once. Both models are in memory meanwhile.
 
     Raises `ConversionError` where nothing can be learned: no affine form of less than 8 bits, or too short a text.
     """
-    if (folder / DONE).exists():
+    if (folder / TUNED).exists():
         return
     from mlx.optimizers import Adam
     from mlx_lm.quant.dwq import dwq_quantize
@@ -48,22 +56,31 @@ def tune(
     set_weights(teacher, {name: found.all() for name, found in opened.source.text.items()}, teacher.dtype)
     data = [(window.tolist(), 0) for window in whole]
     repeated = [data[i % len(data)] for i in range(max(samples, len(data)))]
-    size = windows[0].size
-    dwq_quantize(
-        student, lambda batch, *_, **__: teacher(batch), Adam(learning_rate=learning_rate, bias_correction=True),
-        repeated, data[:BATCH], BATCH, size, seed=0, dtype=DTYPES[dtype],
-    )  # fmt: skip
+    with redirect_stdout(sys.stderr):
+        dwq_quantize(
+            student,
+            lambda batch, *_, **__: teacher(batch),
+            Adam(learning_rate=learning_rate, bias_correction=True),
+            repeated,
+            data[:BATCH],
+            BATCH,
+            windows[0].size,
+            seed=0,
+            dtype=DTYPES[dtype],
+        )
     found = parameters(student)
     _replace(folder, {name: array for name, array in found.items() if name.endswith(("scales", "biases"))})
 
 
 def _replace(folder: Path, learned: dict[str, mx.array]) -> None:
-    shards = sorted(folder.glob("model*.safetensors"))
+    shards, tuned = sorted(folder.glob("model*.safetensors")), folder / "tuned"
+    shutil.rmtree(tuned, ignore_errors=True)
+    tuned.mkdir()
     for shard in shards:
         tensors = load_file(shard)
         tensors |= {name: learned[name] for name in tensors.keys() & learned.keys()}
-        # Saving opens the name anew, while lazy tensors still read the old file.
-        mx.save_safetensors(str(shard.with_name(f"{shard.stem}-tuned.safetensors")), tensors, {"format": "mlx"})
+        mx.save_safetensors(str(tuned / shard.name), tensors, {"format": "mlx"})
     for shard in shards:
-        shard.with_name(f"{shard.stem}-tuned.safetensors").replace(shard)
-    (folder / DONE).touch()
+        (tuned / shard.name).replace(shard)
+    tuned.rmdir()
+    (folder / TUNED).touch()

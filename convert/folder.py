@@ -26,6 +26,7 @@ SHARD = 5 << 30  # bytes, as others cut theirs
 GAINS_FILE = "qwen_mlx/gains.safetensors"
 DRAFT_FILE = "mtp/model.safetensors"
 REQUEST = "request.json"
+TUNED = "tuned.done"  # there once the scales have been tuned
 Files = dict[str, list[Item]]
 
 
@@ -85,7 +86,8 @@ def write(opened: Opened, request: Request) -> tuple[dict[str, Any], list[str]]:
 
 def finish(request: Request) -> None:
     """Give the partial folder its final name, in the place of what had it before."""
-    (request.partial / REQUEST).unlink(missing_ok=True)
+    for mark in (REQUEST, TUNED):
+        (request.partial / mark).unlink(missing_ok=True)
     old = request.mlx_path.with_name(request.mlx_path.name + ".old")
     if request.mlx_path.exists():
         request.mlx_path.rename(old)

@@ -174,4 +174,4 @@ def read_words(opened: Opened, file: Path | None) -> Words | None:
 def usual_dtype(opened: Opened) -> str:
     """What the source's config.json says, bfloat16 where that is no dtype of ours."""
     said = opened.source.config.get("text_config", opened.source.config).get("dtype")
-    return said if said in DTYPES else "bfloat16"
+    return said if isinstance(said, str) and said in DTYPES else "bfloat16"

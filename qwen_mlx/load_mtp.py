@@ -79,7 +79,7 @@ class StoredMTP:
             experts.setdefault(f"{before}switch_mlp.{kind}", {})[int(number)] = tensors.pop(name)
         for name, found in experts.items():
             single = name.replace("switch_mlp", "experts.{}")
-            if missing := [single.format(i) for i in range(max(found)) if i not in found]:
+            if missing := [single.format(i) for i in range(len(found)) if i not in found]:
                 raise CheckpointError(f"{self.place} lacks {some(missing)}; download or convert the model again.")
             if len({array.shape for array in found.values()}) > 1:
                 raise CheckpointError(f"{self.place}: the experts of {single.format('*')} differ in shape.")
@@ -202,5 +202,6 @@ def _check_config(file: Path) -> None:
 
 
 def _written_by_mlx(file: Path) -> bool:
+    load_file(file)  # says what is wrong with it
     loaded = mx.load(str(file), return_metadata=True)
     return isinstance(loaded, tuple) and loaded[1].get("format") == "mlx"
