@@ -63,7 +63,7 @@ def write(opened: Opened, request: Request) -> tuple[dict[str, Any], list[str]]:
     if keeps_mtp := request.mtp and head is not None:
         draft = plan(source.mtp, head, lambda path: request.forms(f"mtp.{path}"), dtype, prefix="")
         files, odd = files | {DRAFT_FILE: draft.items}, odd + [f"mtp.{path}" for path in draft.odd]
-    _begin(request, files)
+    _begin(request, opened.path, files)
     _write_files(request.partial, files)
     kept = {"mtp": keeps_mtp, "vision": bool(vision.items)}
     config = model_config(source, text, opened.config.text.tie_word_embeddings, dtype=request.dtype, **kept)
@@ -95,13 +95,16 @@ def finish(request: Request) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _begin(request: Request, files: Files) -> None:
-    """An empty partial folder, or that of an earlier run of the same request."""
+def _begin(request: Request, source: Path, files: Files) -> None:
+    """An empty partial folder, or that of an earlier run of the same request on the same files."""
+    read = sorted(source.rglob("*")) if source.is_dir() else [source]
+    facts = [(path.name, path.stat()) for path in read if path.is_file()]
     outputs = {name: [output for item in items for output in item.outputs] for name, items in files.items()}
     wanted = json.dumps(
         {
             "version": __version__,
             "account": dict(request.account),
+            "source": [[name, fact.st_size, fact.st_mtime_ns] for name, fact in facts],
             "files": {name: [[o.name, list(o.shape), str(o.dtype)] for o in found] for name, found in outputs.items()},
         }
     )

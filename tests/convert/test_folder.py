@@ -223,6 +223,18 @@ def test_unfinished_work_of_another_request_is_not_taken_over(checkpoint_of: Che
     assert contents(tmp_path / "model") == contents(tmp_path / "fresh")
 
 
+def test_unfinished_work_from_files_that_changed_since_is_not_taken_over(
+    checkpoint_of: CheckpointOf, tmp_path: Path
+) -> None:
+    source = shutil.copytree(checkpoint_of("a-r1-d32"), tmp_path / "source")
+    write(open_model(source), Request(tmp_path / "model", "bfloat16", FORMS["float"], {"recipe": None}))
+    tensors = {name: -array for name, array in released(checkpoint_of("a-r1-d32")).items() if "up_proj" in name}
+    write_layout(source, checkpoint_of("a-r1-d32"), released(checkpoint_of("a-r1-d32")) | tensors)
+    convert(source, tmp_path / "model")
+    convert(source, tmp_path / "fresh")
+    assert contents(tmp_path / "model") == contents(tmp_path / "fresh")
+
+
 def test_shards_are_cut_and_listed(checkpoint_of: CheckpointOf, tmp_path: Path) -> None:
     convert(checkpoint_of("a-r1-d32"), tmp_path / "model", shard=200_000)
     index = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())

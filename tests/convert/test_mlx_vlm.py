@@ -1,4 +1,4 @@
-"""The converted folder in mlx-vlm: the same logits, the same tower, and mtp/ as its drafter. Runs where it is installed."""
+"""The converted folder in mlx-vlm, where that is installed: the same logits and tower, and mtp/ as its drafter."""
 
 import json
 import shutil
