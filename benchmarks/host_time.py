@@ -3,10 +3,11 @@
     python benchmarks/host_time.py --rounds 9
 
 Both build the step of the 0.8B, 4 bit, 24 layers, with its greedy sampling, as they would on Metal: what is one launch
-there is one node of the graph, made by the cheapest call there is, and nobody computes its contents. So it runs on any
-machine, and host time is all there is. Ours is the compiled graph that decoding runs, mlx-lm's is built in Python anew
-for every token. An engine builds 60 steps and then the other does, as each would by itself; freeing a graph is not
-timed. Medians of the last 50 of a round, and the median of the rounds' ratios. The last line is one JSON object.
+there is one node of the graph, made by the cheapest call there is, and nobody computes its contents
+(`qwen_mlx.bench.launch_count`). So it runs on any machine, and host time is all there is. Ours is the compiled graph
+that decoding runs, mlx-lm's is built in Python anew for every token. An engine builds 60 steps and then the other does,
+as each would by itself; freeing a graph is not timed. Medians of the last 50 of a round, and the median of the rounds'
+ratios. The last line is one JSON object.
 """
 
 import argparse
@@ -14,28 +15,21 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import mlx.core as mx
 from checkpoint import make
-from mlx_lm.models.gated_delta import compute_g
-from mlx_lm.utils import load_model as load_peer
 
-from qwen_mlx.bench.launch_count import hollow, hollow_cache, hollow_out, hollow_out_ours, token
-from qwen_mlx.bench.launch_peer import hollow_peer_cache, sampled_by_peer
-from qwen_mlx.kernels import backend
-from qwen_mlx.kernels.backend import Kernel
+from qwen_mlx.bench.launch_count import hollow_cache, hollow_out, hollow_out_ours, stand_ins, token
+from qwen_mlx.bench.launch_peer import hollow_peer_cache, peer_stand_in, sampled_by_peer
+from qwen_mlx.bench.model_peer import load_peer
 from qwen_mlx.load import load_model
 from qwen_mlx.model.projection import fuse_projections
 from qwen_mlx.model.step import CompiledStep
 
 STEPS, WARM = 60, 10
-zeros = cache(hollow)
 
 
 def main() -> None:
@@ -44,7 +38,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     folder = make(Path(tempfile.gettempdir()) / "qwen_mlx-random-0.8B-24-4", bits=4)
     engines = {"ours": ours(folder), "peer": peer(folder)}
-    with one_node_each():
+    with stand_ins(), peer_stand_in():
         times = [[milliseconds(*engine) for engine in engines.values()] for _ in range(rounds)]
     mine, theirs = (statistics.median(column) for column in zip(*times))
     ratio = statistics.median(b / a for a, b in times)
@@ -62,7 +56,7 @@ def ours(folder: Path) -> tuple[Callable[[], object], Callable[[], None]]:
 
 
 def peer(folder: Path) -> tuple[Callable[[], object], Callable[[], None]]:
-    model, _ = load_peer(folder, lazy=True)
+    model = load_peer(folder)
     hollow_out(model)
     text, state, one = load_model(folder, dtype="bfloat16").config.text, model.make_cache(), token()
     return lambda: sampled_by_peer(model, one, state), partial(hollow_peer_cache, state, text, mx.bfloat16)
@@ -78,36 +72,6 @@ def milliseconds(step: Callable[[], object], reset: Callable[[], None]) -> float
         reset()
         del built
     return 1e3 * statistics.median(times[WARM:])
-
-
-@contextmanager
-def one_node_each() -> Iterator[None]:
-    """Whatever is one launch on Metal is one node here, for both engines."""
-    with ExitStack() as stack:
-        for name in ("rms_norm", "rope", "scaled_dot_product_attention"):
-            stack.enter_context(patch.object(mx.fast, name, lambda x, *_, **__: mx.abs(x)))
-        stack.enter_context(patch.object(mx, "dequantize", dequantize))
-        stack.enter_context(patch.object(backend, "gpu_generation", lambda: 16))
-        stack.enter_context(patch.object(Kernel, "__call__", launch))
-        stack.enter_context(patch("mlx_lm.models.qwen3_5.gated_delta_update", rule))
-        yield
-
-
-def node(outputs: list[mx.array], *inputs: Any) -> list[mx.array]:
-    return mx.depends(outputs, [array for array in inputs if isinstance(array, mx.array)])
-
-
-def launch(self: Kernel, *inputs: Any, outputs: list[tuple[tuple[int, ...], mx.Dtype]], **_: Any) -> list[mx.array]:
-    return node([zeros(shape, dtype) for shape, dtype in outputs], *inputs)
-
-
-def dequantize(packed: mx.array, scales: mx.array, biases: mx.array, **_: Any) -> mx.array:
-    return node([zeros((*packed.shape[:-1], packed.shape[-1] * 8), scales.dtype)], packed, scales, biases)[0]
-
-
-def rule(q: mx.array, k: mx.array, v: mx.array, a: mx.array, b: mx.array, *rest: Any, **_: Any) -> list[mx.array]:
-    A_log, dt_bias, state, *_ = rest
-    return node([v, state], q, k, mx.sigmoid(b), compute_g(A_log, a, dt_bias))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def peers(model: Qwen) -> dict[str, dict[str, Form]]:
     outline = SimpleNamespace(named_modules=lambda: paths.items(), layers=model.model.layers)
     found = {}
     for group_size in (64, 128):
-        found[f"4 bits, groups of {group_size}"] = {path: Form(4, group_size) for path in paths}
+        found[f"4 bits, {group_size}"] = {path: Form(4, group_size) for path in paths}
         for name in MIXED:
             predicate = builder(name, outline, group_size)
             found[f"{name}, {group_size}"] = {path: Form(**predicate(path, matrix)) for path, matrix in paths.items()}

@@ -6,7 +6,6 @@ leaves its finished files there, and the same request goes on from them.
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import mlx.nn as nn
 from qwen_mlx import __version__
 from qwen_mlx.convert.opened import Opened
 from qwen_mlx.convert.plan import Forms, exact_gains, plan
+from qwen_mlx.convert.progress import tensors_through
 from qwen_mlx.convert.save import copy_companions, draft_config, model_config, write_index, write_json
 from qwen_mlx.convert.stream import Item, shards, write_file
 from qwen_mlx.load import DTYPES, parameters
@@ -97,7 +97,7 @@ def finish(request: Request) -> None:
 
 def _begin(request: Request, source: Path, files: Files) -> None:
     """An empty partial folder, or that of an earlier run of the same request on the same files."""
-    read = sorted(source.rglob("*")) if source.is_dir() else [source]
+    read = sorted(source.rglob("*") if source.is_dir() else source.parent.glob("*.gguf"))
     facts = [(path.name, path.stat()) for path in read if path.is_file()]
     outputs = {name: [output for item in items for output in item.outputs] for name, items in files.items()}
     wanted = json.dumps(
@@ -118,14 +118,11 @@ def _begin(request: Request, source: Path, files: Files) -> None:
 
 
 def _write_files(folder: Path, files: Files) -> None:
-    from huggingface_hub.utils import tqdm  # late: 0.4 s
-
     waiting = {name: items for name, items in files.items() if not (folder / name).exists()}
-    total = sum(item.source_nbytes for items in waiting.values() for item in items)
-    quiet = not sys.stderr.isatty()
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Converting", disable=quiet, leave=False) as bar:
+    every = [item for items in waiting.values() for item in items]
+    with tensors_through("Converting", len(every), sum(item.source_nbytes for item in every)) as advance:
         for name, items in waiting.items():
-            write_file(folder / name, items, bar.update)
+            write_file(folder / name, items, advance)
 
 
 def _shards(items: list[Item], limit: int) -> Files:

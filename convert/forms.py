@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from qwen_mlx.cli import Progress
 from qwen_mlx.convert.opened import Opened
 from qwen_mlx.convert.plan import Forms
+from qwen_mlx.convert.progress import tokens_through
 from qwen_mlx.convert.recipes import MTP_FORM, RECIPES, Form, form_of, lowest_bits
 from qwen_mlx.convert.sensitivity import allocate, quantizable, sensitivity
 from qwen_mlx.errors import ConversionError
@@ -56,7 +56,7 @@ def by_measurement(opened: Opened, windows: Sequence[mx.array], vocab_size: int,
     except ValueError as error:  # before the long measurement
         raise ConversionError(str(error).replace("target_bits", "--target-bits")) from None
     set_weights(model, {name: found.all() for name, found in opened.source.text.items()}, mx.float32)
-    with Progress("Measuring sensitivities") as progress:
-        measured = sensitivity(model, windows[:WINDOWS], choices, vocab_size=vocab_size, progress=progress.update)
+    with tokens_through("Measuring") as progress:
+        measured = sensitivity(model, windows[:WINDOWS], choices, vocab_size=vocab_size, progress=progress)
     chosen = allocate(measured, sizes, target_bits)
     return lambda path: MTP_FORM if path.startswith("mtp.") else chosen.get(path)

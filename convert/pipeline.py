@@ -12,13 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen_mlx.cli import Progress
 from qwen_mlx.convert.card import card
 from qwen_mlx.convert.dwq import tune
 from qwen_mlx.convert.folder import Request, finish, write
 from qwen_mlx.convert.forms import AUTO, by_measurement, by_recipe, flat, nothing
 from qwen_mlx.convert.opened import Opened, open_model
 from qwen_mlx.convert.plan import Forms
+from qwen_mlx.convert.progress import tokens_through
 from qwen_mlx.convert.pull import pull
 from qwen_mlx.convert.recipes import Form
 from qwen_mlx.convert.save import ACCOUNT, copy_companions, write_json, write_text
@@ -132,10 +132,8 @@ def prove(opened: Opened, request: Request, words: Words | None, bits_per_weight
     if words is None:
         return unproved("its source has no tokenizer to read a text with")
     head = opened.head() if request.mtp else None
-    with Progress("Verifying") as progress:
-        found = verify(
-            request.partial, opened.source, opened.model(), head, words.windows, words.vocab_size, progress.update
-        )
+    with tokens_through("Verifying") as progress:
+        found = verify(request.partial, opened.source, opened.model(), head, words.windows, words.vocab_size, progress)
     measured = asdict(found.comparison)
     measured["perplexity_source"] = measured.pop("perplexity_reference")
     proof = {

@@ -65,8 +65,8 @@ def shards(items: Iterable[Item], limit: int) -> list[list[Item]]:
     return found
 
 
-def write_file(path: Path, items: Sequence[Item], advance: Callable[[int], object]) -> None:
-    """Write all outputs of `items` to `path`, which appears when it is complete; `advance` takes bytes read.
+def write_file(path: Path, items: Sequence[Item], advance: Callable[[int, int], object]) -> None:
+    """Write all outputs of `items` to `path`, which appears when it is complete; `advance` takes tensors and bytes.
 
     The same items give the same bytes. In memory there are a few blocks of rows at most.
     """
@@ -80,7 +80,8 @@ def write_file(path: Path, items: Sequence[Item], advance: Callable[[int], objec
                 for output, array in zip(item.outputs, item.make(item.tensor.rows(start, stop)), strict=True):
                     file.seek(offsets[output.name] + start * (output.nbytes // output.shape[0]))
                     file.write(_bytes(array.astype(output.dtype)))
-                advance((stop - start) * item.tensor.row_nbytes)
+                advance(0, (stop - start) * item.tensor.row_nbytes)
+            advance(1, 0)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)

@@ -15,7 +15,7 @@
 //                                       0.8B: D = 1024                     9B: D = 4096
 //     threadgroups                      1: one core of 10 or 40, whose time is the way to memory and back, twice
 //     bytes, 16 bits                    8 KiB and a gain of 4 KiB          32 KiB and a gain of 16 KiB
-// Apart, the sum and the norm, whose float32 result is rounded in a launch of its own, are three launches.
+// Apart, with 16-bit activations, these are four launches: the sum, its cast to float32, the norm, and the rounding.
 
 constexpr int THREADS = 32 * SIMDGROUPS;
 constexpr int ELEMENTS = (D + THREADS - 1) / THREADS;  // of a lane

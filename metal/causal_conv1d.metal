@@ -13,7 +13,7 @@
 //         TOKENS tokens; SIMD-groups neither share memory nor wait for each other
 // grid    (32, ceil(Cn / Dk), B ceil(T / TOKENS)) threads
 //
-// needs   Dk % 32 == 0, K >= 2; checked by qwen_mlx/kernels/causal_conv1d.py
+// needs   Dk of 32, 64, 96 or 128, K >= 2; checked by `conv_fits` in qwen_mlx/kernels/causal_conv1d.py
 //
 // Nothing is rounded between x and the results, which are float32: the delta rule gets every bit.
 //

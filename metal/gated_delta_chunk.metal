@@ -13,7 +13,8 @@
 //         decays, and the two products of C x C, of which each makes some tiles; three barriers a chunk
 // grid    (32, Dv / 8, B Hv) threads
 //
-// needs   Dk % 8 == 0, Dv % 8 == 0, Hv % Hk == 0; checked by qwen_mlx/kernels/gated_delta_arguments.py
+// needs   Dk of 32, 64, 96 or 128, Dv % 8 == 0, Hv of 1, 2, 3 or 4 times Hk: what the tests run, and no released model
+//         has other ones; checked by `kernels_fit` in qwen_mlx/kernels/gated_delta_arguments.py
 //
 // The last chunk may be ragged: its missing tokens neither decay nor write. Decays are products of decays, never a
 // difference of their logarithms, which is NaN after a decay of zero and loses digits after a strong one; no factor is
@@ -191,8 +192,8 @@ for (int start = 0; start < T; start += C) {
   for (int j = 0; j < TILES; ++j) {
     S[j].thread_elements()[0] *= whole;
     S[j].thread_elements()[1] *= whole;
-  #pragma clang loop unroll(full)
-  for (int r = 0; r < 2; ++r) {
+    #pragma clang loop unroll(full)
+    for (int r = 0; r < 2; ++r) {
       simdgroup_float8x8 tile;
       simdgroup_load(tile, K + 8 * r * PITCH + 8 * j, PITCH, ulong2(0, 0), true);
       simdgroup_multiply_accumulate(S[j], tile, U[r], S[j]);

@@ -8,7 +8,8 @@
 // lane    a quarter of one row of S, as in `gated_delta_scan`
 // grid    (32, Dv / 8, B Hv) threads; no SIMD-group waits for another
 //
-// needs   Dk % 32 == 0, Dv % 8 == 0, Hv % Hk == 0, 0 <= n <= T; checked by qwen_mlx/kernels/gated_delta_replay.py
+// needs   heads as `gated_delta_scan` does, checked by `kernels_fit` in qwen_mlx/kernels/gated_delta_arguments.py;
+//         0 <= n <= T, checked by `gated_delta_replay` in qwen_mlx/kernels/gated_delta_replay.py
 //
 // The two lines that change S are those of `gated_delta_scan`, in its order, on its operands: the result is, bit for bit,
 // the state of a scan that stopped after n tokens.

@@ -12,7 +12,8 @@
 //         their number in a threadgroup does not matter to the result
 // grid    (32, Dv / 8, B Hv) threads
 //
-// needs   Dk % 32 == 0, Dv % 8 == 0, Hv % Hk == 0; checked by qwen_mlx/kernels/gated_delta_arguments.py
+// needs   Dk of 32, 64, 96 or 128, Dv % 8 == 0, Hv of 1, 2, 3 or 4 times Hk: what the tests run, and no released model
+//         has other ones; checked by `kernels_fit` in qwen_mlx/kernels/gated_delta_arguments.py
 //
 // Every product that is summed is an explicit fma, and S is decayed in a product of its own: the compiler has nothing
 // left to contract, so `gated_delta_replay`, which repeats the two lines that change S, ends in the same bits.

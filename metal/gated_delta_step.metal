@@ -15,7 +15,7 @@
 // group   all of one value head: its convolved channels and its o lie in threadgroup memory; two barriers
 // grid    (32, SIMD-groups of a threadgroup, B Hv) threads
 //
-// needs   Dk % 32 == 0, Dv % 8 == 0, Hv % Hk == 0, K >= 2; checked by qwen_mlx/kernels/gated_delta_step.py
+// needs   heads as `gated_delta_scan` does, and K >= 2; checked by `step_fits` in qwen_mlx/kernels/gated_delta_step.py
 //
 // Value heads that share a key head each convolve it anew; the first of them stores its columns.
 //
@@ -26,10 +26,9 @@
 //     all else                          0.14 MiB (16 bits)                 0.19 MiB
 //     floor at 120 and at 546 GB/s      19 us and 4.1 us                   37 us and 8.0 us
 // Rows split over more threadgroups would keep 40 cores busy at 16 heads, but could not see the whole of o, so that the
-// gated norm would be a second launch. A launch costs about 3 us there (620 of them make mlx-lm's 1.8 ms a token on an
-// M5 Max), the idle cores at most the difference of 16 cores' bandwidth to all: with 32 KiB a threadgroup under way and
-// some 0.7 us to memory, 16 threadgroups draw 750 GB/s, more than the memory gives. So one launch. On 10 cores all are
-// busy either way.
+// gated norm would be a second launch. The idle cores cost nothing, as long as the busy ones draw all that the memory
+// gives: with 32 KiB a threadgroup under way and some 0.7 us to memory, 16 threadgroups draw 750 GB/s. So one launch.
+// On 10 cores all are busy either way.
 
 constexpr int LANES = 4;
 constexpr int ROWS = 8;

@@ -102,8 +102,11 @@ def rms_norm(x: np.ndarray, gain: mx.array, eps: float) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * float64(gain)
 
 
-def qk_norm_rope(q: mx.array, k: mx.array, norms: HeadNorms, offset: int) -> list[np.ndarray]:
-    """q [B, Hq, T, Dh] and k [B, Hkv, T, Dh]. Angles alone are float32: position times frequency, as in the model."""
+def qk_norm_rope(q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms, offset: int) -> tuple[np.ndarray, np.ndarray]:
+    """q [B, Hq, T, Dh], and k and v [2, B, Hkv, T, Dh].
+
+    Angles alone are float32: position times frequency, as in the model.
+    """
     Dh, R = k.shape[-1], norms.rotary_dim
     frequencies = np.array([norms.base ** (-2 * j / R) for j in range(R // 2)]).astype(np.float32)
     positions = np.arange(offset, offset + k.shape[1]).astype(np.float32)
@@ -114,4 +117,4 @@ def qk_norm_rope(q: mx.array, k: mx.array, norms: HeadNorms, offset: int) -> lis
         left, right = y[..., : R // 2], y[..., R // 2 : R]
         turned = (left * np.cos(angles) - right * np.sin(angles), right * np.cos(angles) + left * np.sin(angles))
         heads.append(np.concatenate([*turned, y[..., R:]], axis=-1).transpose(0, 2, 1, 3))
-    return heads
+    return heads[0], np.stack([heads[1], float64(v).transpose(0, 2, 1, 3)])

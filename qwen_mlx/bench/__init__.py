@@ -22,23 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.bench not in BENCHES:
         wrong = f"there is no bench {args.bench}" if args.bench else "a bench is missing"
         parser.error(f"{wrong}; the benches are {', '.join(BENCHES)}")
-    {"kernels": _kernels, "launches": _launches, "model": _model}[args.bench](args.options)
-
-
-# Imported when they are asked for, so that the help needs no MLX.
-def _kernels(options: Sequence[str]) -> None:
-    from qwen_mlx.bench import kernels
-
-    kernels.main(options)
-
-
-def _launches(options: Sequence[str]) -> None:
-    from qwen_mlx.bench import launches
-
-    launches.main(options)
-
-
-def _model(options: Sequence[str]) -> None:
-    from qwen_mlx.bench import model
-
-    model.main(options)
+    # Imported when it is asked for, so that the help needs no MLX.
+    if args.bench == "kernels":
+        from qwen_mlx.bench.kernels import main as bench
+    elif args.bench == "launches":
+        from qwen_mlx.bench.launches import main as bench
+    else:
+        from qwen_mlx.bench.model import main as bench
+    bench(args.options)

@@ -14,9 +14,9 @@ import mlx.core as mx
 from qwen_mlx.kernels.activations import sigmoid, silu, softplus
 from qwen_mlx.kernels.add_rms_norm import ADD_RMS_NORM, add_rms_norm, metal_add_rms_norm, naive_add_rms_norm
 from qwen_mlx.kernels.backend import Kernel, distrusted
-from qwen_mlx.kernels.causal_conv1d import CONV, causal_conv1d, metal_causal_conv1d, naive_causal_conv1d
+from qwen_mlx.kernels.causal_conv1d import CONV, causal_conv1d, conv_fits, metal_causal_conv1d, naive_causal_conv1d
 from qwen_mlx.kernels.gated_delta import gated_delta_rule, naive_gated_delta_rule
-from qwen_mlx.kernels.gated_delta_arguments import KEY_SIZES, kernels_fit
+from qwen_mlx.kernels.gated_delta_arguments import kernels_fit
 from qwen_mlx.kernels.gated_delta_chunk import CHUNK, metal_gated_delta_chunk
 from qwen_mlx.kernels.gated_delta_replay import (
     gated_delta_replay,
@@ -32,7 +32,7 @@ from qwen_mlx.kernels.gated_delta_scan import (
     metal_gated_delta_scan,
     naive_gated_delta_scan,
 )
-from qwen_mlx.kernels.gated_delta_step import STEP, StepWeights, gated_delta_step, naive_gated_delta_step
+from qwen_mlx.kernels.gated_delta_step import STEP, StepWeights, gated_delta_step, naive_gated_delta_step, step_fits
 from qwen_mlx.kernels.qk_norm_rope import QK_NORM_ROPE, heads_fit, naive_qk_norm_rope, qk_norm_rope
 from qwen_mlx.kernels.random_inputs import (
     EPS,
@@ -40,7 +40,6 @@ from qwen_mlx.kernels.random_inputs import (
     Sizes,
     random_columns,
     random_heads,
-    random_state,
     random_step,
     random_sum,
     random_tokens,
@@ -104,7 +103,7 @@ def step(sizes: Sizes, tokens: int) -> Problem:
         y = mx.fast.rms_norm(o, gain, EPS).reshape(z.shape) * silu(z)
         return y.astype(qkv.dtype), kept, state
 
-    forms = {STEP.label: fused(gated_delta_step)} if _fits(sizes) else {}
+    forms = {STEP.label: fused(gated_delta_step)} if step_fits(sizes.taps, *sizes.heads) else {}
     forms[PLAIN] = _plainly(apart)
     moved = _bytes(*inputs, *forms[PLAIN](*inputs)) + SCALAR_BYTES  # the norm's eps
     return Problem(STEP, 1, inputs, forms, fused(naive_gated_delta_step), moved, carry=(0, 1))
@@ -114,7 +113,7 @@ def scan(sizes: Sizes, tokens: int) -> Problem:
     """`gated_delta_scan` without a tape: the delta rule."""
     inputs = random_tokens(sizes, tokens)
     forms: dict[str, Form] = {}
-    if _fits(sizes):
+    if kernels_fit(*sizes.heads):
         forms[SCAN.label] = lambda *inputs: metal_gated_delta_scan(*inputs, kernel=SCAN)
         forms[CHUNK.label] = metal_gated_delta_chunk
     forms |= {PLAIN: _plainly(gated_delta_rule), MLX: _mlx_rule}
@@ -139,7 +138,7 @@ def scan_with_tape(sizes: Sizes, tokens: int) -> Problem:
         return call
 
     forms: dict[str, Form] = {}
-    if _fits(sizes):
+    if kernels_fit(*sizes.heads):
         forms[SCAN_WITH_TAPE.label] = lambda *inputs: metal_gated_delta_scan(*inputs, kernel=SCAN_WITH_TAPE)
     forms[PLAIN] = _plainly(flat(gated_delta_scan))
     moved = _bytes(*inputs, *forms[PLAIN](*inputs))
@@ -154,7 +153,7 @@ def replay(sizes: Sizes, tokens: int) -> Problem:
     def of_tape(form: Callable[[mx.array, Tape, int], mx.array]) -> Form:
         return lambda state, k, g, delta: [form(state, Tape(k, g, delta), tokens)]
 
-    forms = {REPLAY.label: of_tape(metal_gated_delta_replay)} if _fits(sizes) else {}
+    forms = {REPLAY.label: of_tape(metal_gated_delta_replay)} if kernels_fit(*sizes.heads) else {}
     forms[PLAIN] = _plainly(of_tape(gated_delta_replay))
     replayed = (x[:, :tokens] for x in (k, g, delta))  # the rest of the tape is not read
     moved = _bytes(state, *replayed, *forms[PLAIN](*inputs)) + SCALAR_BYTES  # n
@@ -171,7 +170,7 @@ def conv(sizes: Sizes, tokens: int) -> Problem:
         return lambda *inputs: form(*inputs, key_heads=heads, key_dim=size)
 
     forms: dict[str, Form] = {}
-    if size in KEY_SIZES:
+    if conv_fits(sizes.taps, size):
         forms[CONV.label] = lambda x, taps, kept: metal_causal_conv1d(x, taps, kept, heads, size, None)
     forms[PLAIN] = _plainly(of_heads(causal_conv1d))
     moved = _bytes(*inputs, *forms[PLAIN](*inputs)) + SCALAR_BYTES  # `ends` of the one sequence
@@ -197,27 +196,29 @@ def residual(sizes: AttentionSizes, tokens: int) -> Problem:
 def heads(sizes: AttentionSizes, tokens: int) -> Problem:
     """`qk_norm_rope` of one token."""
     assert tokens == 1
-    q, k, norms, offset = random_heads(sizes)
+    q, k, v, norms, offset = random_heads(sizes)
 
     def placed(form: Form) -> Form:
-        return lambda q, k: form(q, k, norms, offset)
+        """Keys and values as one input of any axes, so that a run can take those of the run before."""
+        return lambda q, both: form(q, both[0, :].reshape(k.shape), both[1, :].reshape(v.shape), norms, offset)
 
-    def apart(q: mx.array, k: mx.array) -> Sequence[mx.array]:
-        results = []
-        for x, gain in (q[..., : sizes.head_dim], norms.q_gain), (k, norms.k_gain):
-            normed = mx.fast.rms_norm(x, gain, norms.eps).astype(x.dtype).transpose(0, 2, 1, 3)
-            rotary, base = norms.rotary_dim, norms.base
-            results.append(mx.fast.rope(normed, rotary, traditional=False, base=base, scale=1.0, offset=offset))
-        return results
+    def turned(x: mx.array, gain: mx.array) -> mx.array:
+        normed = mx.fast.rms_norm(x, gain, norms.eps).astype(x.dtype).transpose(0, 2, 1, 3)
+        return mx.fast.rope(normed, norms.rotary_dim, traditional=False, base=norms.base, scale=1.0, offset=offset)
+
+    def apart(q: mx.array, k: mx.array, v: mx.array, *_: Any) -> Sequence[mx.array]:
+        queries, keys = turned(q[..., : sizes.head_dim], norms.q_gain), turned(k, norms.k_gain)
+        return queries, mx.stack([keys, v.transpose(0, 2, 1, 3)])
 
     forms: dict[str, Form] = {}
     if heads_fit(sizes.head_dim, sizes.rotary_dim):
         forms[QK_NORM_ROPE.label] = placed(qk_norm_rope)
-    forms[PLAIN] = apart
+    forms[PLAIN] = placed(apart)
     queries = q[..., : sizes.head_dim]  # the gates beside them are not read
     tables = 4 * (norms.rotary_dim // 2) + 2 * SCALAR_BYTES  # frequencies, eps, offset
-    moved = _bytes(queries, k, norms.q_gain, norms.k_gain, *apart(q, k)) + tables
-    return Problem(QK_NORM_ROPE, 1, (q, k), forms, placed(naive_qk_norm_rope), moved, carry=(1, 1))
+    moved = _bytes(queries, k, v, norms.q_gain, norms.k_gain, *apart(q, k, v)) + tables
+    inputs = q, mx.stack([k, v])
+    return Problem(QK_NORM_ROPE, 1, inputs, forms, placed(naive_qk_norm_rope), moved, carry=(1, 1))
 
 
 ATTENTION_CASES: tuple[tuple[Maker, int], ...] = ((residual, 1), (heads, 1))
@@ -251,15 +252,11 @@ def _plainly(operation: Form) -> Form:
 @contextmanager
 def _no_kernels() -> Iterator[None]:
     before = set(distrusted)
-    distrusted.update(kernel.label for kernel in (*DELTA_CHECKS, ADD_RMS_NORM))
+    distrusted.update(kernel.label for kernel in (*DELTA_CHECKS, CONV, STEP, ADD_RMS_NORM))
     try:
         yield
     finally:
         distrusted.intersection_update(before)
-
-
-def _fits(sizes: Sizes) -> bool:
-    return kernels_fit(random_state(sizes), sizes.key_heads)
 
 
 def _bytes(*arrays: mx.array) -> int:

@@ -8,6 +8,7 @@ from qwen_mlx.bench.chips import CHIPS, Chip
 from qwen_mlx.bench.kernel_problems import PLAIN, Problem
 from qwen_mlx.bench.kernel_timing import Measured, winner
 from qwen_mlx.bench.kernel_traffic import Traffic
+from qwen_mlx.bench.table import aligned
 from qwen_mlx.kernels.random_inputs import AttentionSizes, Sizes
 
 LEGEND = """\
@@ -50,7 +51,7 @@ def bytes_table(rows: Sequence[Row]) -> list[str]:
         ]
         for row in rows
     ]
-    return [*_aligned([head, *cells]), *_unserved(rows)]
+    return [*aligned([head, *cells], left=0), *_unserved(rows)]
 
 
 def times_table(rows: Sequence[Row], chip: Chip | None) -> list[str]:
@@ -75,7 +76,7 @@ def times_table(rows: Sequence[Row], chip: Chip | None) -> list[str]:
                     "winner" if name == best else "",
                 ]
             )
-    return _aligned(lines) + troubles
+    return aligned(lines, left=0) + troubles
 
 
 def share(row: Row, form: str, chip: Chip | None) -> float | None:
@@ -130,14 +131,3 @@ def _size(count: int) -> str:
 
 def _time(microseconds: float) -> str:
     return f"{microseconds:.0f}" if microseconds >= 100 else f"{microseconds:.3g}"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Cells in columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return [
-        "  ".join(
-            f"{cell:{'<' if i == 0 else '>'}{width}}" for i, (cell, width) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in lines
-    ]

@@ -2,13 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 
 from qwen_mlx.bench.kernel_problems import Arrays, Form, Problem
-from qwen_mlx.kernels.self_check import TOLERANCE
+from qwen_mlx.kernels.self_check import Pair, trouble
 
 LAYERS = 24
 """Runs in a row, each on inputs of its own as the layers of a model are, so that the states come from memory."""
@@ -28,7 +28,11 @@ def measure(problem: Problem, rounds: int) -> dict[str, Measured]:
     """Every form of `problem` against the naive one first, then the right ones on the clock."""
     expected = problem.naive(*problem.inputs)
     mx.eval(expected, problem.inputs)
-    troubles = {name: _trouble(form, problem.inputs, expected) for name, form in problem.forms.items()}
+
+    def run(form: Form) -> Pair:
+        return form(*problem.inputs), expected
+
+    troubles = {name: trouble(partial(run, form)) for name, form in problem.forms.items()}
     right = {name: form for name, form in problem.forms.items() if not troubles[name]}
     layers = _layers(problem)
     for form in right.values():
@@ -38,8 +42,8 @@ def measure(problem: Problem, rounds: int) -> dict[str, Measured]:
         for name, form in right.items():
             times[name].append(_seconds(form, layers, problem.carry))
     return {
-        name: Measured(statistics.median(times[name]) if name in right else None, trouble)
-        for name, trouble in troubles.items()
+        name: Measured(statistics.median(times[name]) if name in right else None, reason)
+        for name, reason in troubles.items()
     }
 
 
@@ -47,23 +51,6 @@ def winner(measured: dict[str, Measured]) -> str | None:
     """The fastest form, None if none is right."""
     times = {name: one.seconds for name, one in measured.items() if one.seconds is not None}
     return min(times, key=times.__getitem__, default=None)
-
-
-def _trouble(form: Form, inputs: Arrays, expected: Sequence[mx.array]) -> str:
-    """What is wrong with the results of `form`; nothing if they are within the tolerance of their dtype."""
-    try:
-        results = form(*inputs)
-        mx.eval(results)
-    except (RuntimeError, ValueError) as error:  # a text that does not compile, a shape that MLX does not take
-        return f"does not run: {str(error).splitlines()[0]}"
-    for result, right in zip(results, expected, strict=True):
-        if result.shape != right.shape:
-            return f"wrong: shape {result.shape} for {right.shape}"
-        wide = right.astype(mx.float32)
-        off, size = mx.abs(result.astype(mx.float32) - wide).max(), mx.abs(wide).max()
-        if not (off <= TOLERANCE[result.dtype] * size).item():  # NaN is wrong as well
-            return f"wrong: off by {off.item():.1e} where the largest value is {size.item():.1e}"
-    return ""
 
 
 def _layers(problem: Problem) -> list[Arrays]:

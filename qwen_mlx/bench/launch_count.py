@@ -1,14 +1,16 @@
 """How many kernels a decoded token launches on Metal, counted in the graph that MLX would run, on any machine.
 
-What is one launch there (the package's own kernels, norms, rotations, attention, dequantized rows) stands in the graph
-as one primitive that nothing else uses here. Weights and states have their shapes and no contents: nothing is read,
-nothing computed. Views are no launches; a concatenation is one for each of its parts.
+What is one launch there (kernels, norms, rotations, attention, dequantized rows) is one primitive of the graph that
+nothing else uses here, made by the cheapest call there is, as `benchmarks/host_time.py` times the making. Weights and
+states have their shapes and no contents: nothing is read, nothing computed. Views are no launches; a concatenation is
+one for each of its parts, and a write at an offset that is an array is two, as the address is computed on the device.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,8 +29,9 @@ from qwen_mlx.model.projection import JointProjection
 from qwen_mlx.model.qwen import Qwen
 from qwen_mlx.model.step import CompiledStep
 
+# Contiguous: what mlx-lm asks it of is contiguous already, and keeps its buffer.
 VIEWS = set(
-    "AsStrided Broadcast BroadcastAxes Depends ExpandDims Flatten NumberOfElements Reshape Slice Split Squeeze "
+    "AsStrided Broadcast BroadcastAxes Contiguous ExpandDims Flatten NumberOfElements Reshape Slice Split Squeeze "
     "StopGradient Transpose Unflatten View".split()
 )
 # What a primitive of the graph is to the reader.
@@ -37,13 +40,13 @@ NAMES = {
     "CumProd": "rotation",
     "CumMax": "attention",
     "CumMin": "dequantized rows",
-    "Sort": "own kernel",
+    "Depends": "own kernel",
     "QuantizedMatmul": "matmul",
     "Matmul": "matmul",
     "GatherQMM": "matmul of experts",
     "GatherMM": "matmul of experts",
-    "DynamicSliceUpdate": "write of keys or values",
-    "SliceUpdate": "write of keys or values",
+    "DynamicSliceUpdate": "write of keys and values",
+    "SliceUpdate": "write of keys and values",
 }
 
 
@@ -74,9 +77,12 @@ def launches(outputs: Sequence[mx.array]) -> Counter[str]:
     found: Counter[str] = Counter()
     for box, primitive in re.findall(r'(\S+) \[label ="([A-Za-z]\w*)[^"]*", shape=rectangle', graph):
         if primitive not in VIEWS:
-            parts = len(re.findall(rf"-> {box}\b", graph)) if primitive == "Concatenate" else 1
+            parts = 2 if primitive == "DynamicSliceUpdate" else 1
+            if primitive == "Concatenate":
+                parts = len(re.findall(rf"-> {box}\b", graph))
             found["fused elementwise" if primitive.startswith("Compiled") else NAMES.get(primitive, primitive)] += parts
-    return found
+    # What stands for these two takes a Depends of its own.
+    return found - Counter({"own kernel": found["attention"] + found["dequantized rows"]})
 
 
 def hollow(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
@@ -107,11 +113,15 @@ def hollow_cache(model: Qwen, places: Sequence[int]) -> SequenceCache:
     whole, text = model.make_cache(), model.config.text
     for layer in whole.layers:
         if isinstance(layer, KVCache):
-            shape = (1, text.num_key_value_heads, SLAB, text.head_dim)
-            layer.keys, layer.values, layer.offset = hollow(shape, model.dtype), hollow(shape, model.dtype), 1
+            layer.slab, layer.offset = hollow((2, *hollow_heads(text)), model.dtype), 1
         else:
             layer.conv_state, layer.recurrent_state = hollow_states(text, model.dtype)
     return SequenceCache([whole.layers[i] for i in places])
+
+
+def hollow_heads(text: TextConfig) -> tuple[int, int, int, int]:
+    """Shape of the first slab of keys, or of values."""
+    return 1, text.num_key_value_heads, SLAB, text.head_dim
 
 
 def hollow_states(text: TextConfig, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
@@ -134,31 +144,32 @@ def stand_ins() -> Iterator[None]:
         yield
 
 
-def after(result: mx.array, *arrays: Any) -> mx.array:
-    """`result`, which now depends on those of `arrays` that are arrays."""
-    return mx.depends([result], [array for array in arrays if isinstance(array, mx.array)])[0]
+def one_launch(outputs: list[mx.array], *inputs: Any) -> list[mx.array]:
+    """`outputs`, which now come from those of `inputs` that are arrays."""
+    return mx.depends(outputs, [array for array in inputs if isinstance(array, mx.array)])
+
+
+_zeros = cache(hollow)
 
 
 def _launch(self: Kernel, *inputs: Any, outputs: Sequence[tuple[Any, mx.Dtype]], **_: Any) -> list[mx.array]:
-    (shape, dtype), *others = outputs
-    first = mx.sort(after(hollow(shape, dtype), *inputs), axis=-1)
-    return [first, *(after(hollow(shape, dtype), first) for shape, dtype in others)]
+    return one_launch([_zeros(shape, dtype) for shape, dtype in outputs], *inputs)
 
 
 def _norm(x: mx.array, weight: mx.array | None, eps: float, **_: Any) -> mx.array:
-    wide = weight is not None and weight.dtype == mx.float32
-    return mx.cumsum(after(hollow(x.shape, mx.float32 if wide else x.dtype), x, weight), axis=-1)
+    # With a wider gain, rms_norm casts x in a launch before its own.
+    return mx.cumsum(x if weight is None or weight.dtype == x.dtype else x.astype(mx.float32), axis=-1)
 
 
-def _rope(x: mx.array, *arguments: Any, offset: Any = 0, **_: Any) -> mx.array:
-    return mx.cumprod(after(x, offset), axis=-1)
+def _rope(x: mx.array, *_: Any, **__: Any) -> mx.array:
+    return mx.cumprod(x, axis=-1)
 
 
 def _attention(q: mx.array, k: mx.array, v: mx.array, *, mask: Any = None, **_: Any) -> mx.array:
-    return mx.cummax(after(q, k, v, mask), axis=-1)
+    return mx.cummax(one_launch([q], k, v, mask)[0], axis=-1)
 
 
 def _dequantize(packed: mx.array, scales: mx.array, *others: Any, bits: int = 4, **named: Any) -> mx.array:
     shape = (*packed.shape[:-1], packed.shape[-1] * 32 // bits)
     dtype = mx.bfloat16 if scales.dtype == mx.uint8 else scales.dtype
-    return mx.cummin(after(hollow(shape, dtype), packed, scales, *others, *named.values()), axis=-1)
+    return mx.cummin(one_launch([_zeros(shape, dtype)], packed, scales, *others, *named.values())[0], axis=-1)

@@ -1,30 +1,24 @@
 """The launches of mlx-lm for the same token: its graph, with the stand-ins of `launch_count`."""
 
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import mlx.core as mx
 
-from qwen_mlx.bench.launch_count import after, hollow, hollow_out, hollow_states, launches, stand_ins, token
-from qwen_mlx.bench.model_peer import NoPeer
-from qwen_mlx.cache.kv import SLAB
+from qwen_mlx.bench.launch_count import (
+    hollow,
+    hollow_heads,
+    hollow_out,
+    hollow_states,
+    launches,
+    one_launch,
+    stand_ins,
+    token,
+)
 from qwen_mlx.config import TextConfig
-
-
-def load_peer(folder: Path) -> Any:
-    """mlx-lm's model of `folder`, its weights unread. Raises NoPeer."""
-    if not TYPE_CHECKING:  # mlx-lm brings no types
-        try:
-            from mlx_lm.utils import load_model
-        except ImportError as error:
-            raise NoPeer(f"mlx-lm cannot be imported ({error}); run `pip install mlx-lm`.") from None
-        try:
-            return load_model(folder, lazy=True)[0]
-        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-            raise NoPeer(f"mlx-lm cannot load {folder}: {str(error).splitlines()[0][:200]}.") from None
 
 
 def count_peer_step(model: Any, text: TextConfig, layers: Sequence[int] | None = None) -> Counter[str]:
@@ -38,7 +32,7 @@ def count_peer_step(model: Any, text: TextConfig, layers: Sequence[int] | None =
     linear = [layer.is_linear for layer in inner.layers]
     inner.ssm_idx, inner.fa_idx = linear.index(True), linear.index(False)
     try:
-        with stand_ins(), patch(f"{type(inner).__module__}.gated_delta_update", _rule):
+        with stand_ins(), peer_stand_in():
             cache = model.make_cache()
             hollow_peer_cache(cache, text, dtype)
             sampled = sampled_by_peer(model, token(), cache)
@@ -51,8 +45,8 @@ def hollow_peer_cache(cache: list[Any], text: TextConfig, dtype: mx.Dtype) -> No
     """Make of its cache one that holds a token."""
     for layer in cache:
         if hasattr(layer, "keys"):
-            shape = (1, text.num_key_value_heads, SLAB, text.head_dim)
-            layer.keys, layer.values, layer.offset = hollow(shape, dtype), hollow(shape, dtype), 1
+            layer.keys, layer.values = (hollow(hollow_heads(text), dtype) for _ in range(2))
+            layer.offset = 1
         else:
             layer[0], layer[1] = hollow_states(text, dtype)
 
@@ -68,26 +62,21 @@ def _arrays(layer: Any) -> list[mx.array]:
     return [layer.keys, layer.values] if hasattr(layer, "keys") else [layer[0], layer[1]]
 
 
-def _rule(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    a: mx.array,
-    b: mx.array,
-    A_log: mx.array,
-    dt_bias: mx.array,
-    *rest: Any,
-    **_: Any,
-) -> tuple[mx.array, mx.array]:
-    """Its gates as they are, and its kernel as one launch."""
-    gates = mx.sigmoid(b), _decay()(A_log, a, dt_bias)
-    state = rest[0]
-    o = mx.sort(after(v, q, k, *gates, state), axis=-1)
-    return o, after(hollow(state.shape, state.dtype), o)
+@contextmanager
+def peer_stand_in() -> Iterator[None]:
+    """The delta rule of mlx-lm: its gates as they are, and its kernel as one launch."""
+    compute_g = _decay()
+
+    def rule(q: mx.array, k: mx.array, v: mx.array, a: mx.array, b: mx.array, *rest: Any, **__: Any) -> list[mx.array]:
+        A_log, dt_bias, state, *_ = rest
+        return one_launch([v, state], q, k, mx.sigmoid(b), compute_g(A_log, a, dt_bias))
+
+    with patch("mlx_lm.models.qwen3_5.gated_delta_update", rule):
+        yield
 
 
 def _decay() -> Any:
-    if not TYPE_CHECKING:
+    if not TYPE_CHECKING:  # mlx-lm brings no types
         from mlx_lm.models.gated_delta import compute_g
 
         return compute_g

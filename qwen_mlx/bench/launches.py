@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qwen_mlx.bench.launch_count import count_step
-from qwen_mlx.bench.launch_peer import count_peer_step, load_peer
+from qwen_mlx.bench.launch_peer import count_peer_step
+from qwen_mlx.bench.model_peer import load_peer
 from qwen_mlx.cli import Parser
 from qwen_mlx.config import FULL
 from qwen_mlx.hub import DEFAULT_MODEL, resolve

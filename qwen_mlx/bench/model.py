@@ -75,13 +75,21 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help='folder, hub id, or "demo"')
     add("--against", choices=("mlx-lm",), help="measure this engine too, in turn, and tell the ratio")
-    add("-p", "--prompt", type=positive, nargs="+", default=[512], metavar="P", help="prompt tokens (default: 512)")
+    add("-p", "--prompt", type=_tokens, nargs="+", default=[512], metavar="P", help="prompt tokens (default: 512)")
     add("-g", "--generate", type=positive, default=128, metavar="G", help="tokens to generate (default: 128)")
     add("-n", "--repetitions", type=positive, default=5, metavar="N", help="of every measurement (default: 5)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the activations")
     add("--csv", type=Path, metavar="FILE", help="write the raw figures of every run")
     add("--plot", type=Path, metavar="FILE.png", help="draw tok/s over context length; needs qwen-mlx[plot]")
     return parser
+
+
+def _tokens(text: str) -> int:
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError as error:
+        # -p takes every word up to the next flag.
+        raise argparse.ArgumentTypeError(f"{error}; if that is the model, put it first") from None
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

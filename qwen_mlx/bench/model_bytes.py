@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwen_mlx.bench.chips import Chip
-from qwen_mlx.bench.model_engines import parameters
 from qwen_mlx.config import FULL
+from qwen_mlx.load import parameters
 from qwen_mlx.model.qwen import Qwen
 
 

@@ -1,7 +1,7 @@
 """The engines that the model bench measures, and one timed run of either: prompt tokens to seconds and bytes.
 
-Each generates greedily through its own functions as a user meets it: the next step is on its way while a token is
-counted, and a text's end does not stop it.
+Each generates greedily through its own functions and under its own limits of memory, as a user meets it: the next step
+is on its way while a token is counted, and a text's end does not stop it.
 """
 
 import time
@@ -12,12 +12,13 @@ from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from qwen_mlx.decoding.autoregressive import decode
+from qwen_mlx.decoding.memory import device_limits
 from qwen_mlx.decoding.prefill import prefill
 from qwen_mlx.decoding.sampling import Sampler, SamplingParams
 from qwen_mlx.generate import PREFILL_STEP
+from qwen_mlx.load import parameters
 from qwen_mlx.model.qwen import Qwen
 
 
@@ -50,9 +51,10 @@ class Ours:
         vocab_size = self.model.config.text.vocab_size
         sampler = Sampler(SamplingParams(), prompt, vocab_size=vocab_size, num_real_tokens=self.num_real_tokens)
         cache = self.model.make_cache()
-        logits = prefill(self.model, prompt, cache, step_size=PREFILL_STEP)
-        # mlx-lm begins a step beyond the last token as well.
-        return islice(decode(self.model, logits, cache, sampler, count=count + 1), count)
+        with device_limits():
+            logits = prefill(self.model, prompt, cache, step_size=PREFILL_STEP)
+            # mlx-lm begins a step beyond the last token as well.
+            yield from islice(decode(self.model, logits, cache, sampler, count=count + 1), count)
 
     def synchronize(self) -> None:
         mx.synchronize()
@@ -61,13 +63,6 @@ class Ours:
 def parameter_bytes(model: nn.Module) -> int:
     """Of all parameters together."""
     return sum(array.nbytes for array in parameters(model).values())
-
-
-def parameters(model: nn.Module) -> dict[str, mx.array]:
-    """All of them by name."""
-    flat = tree_flatten(model.parameters(), destination={})
-    assert isinstance(flat, dict)
-    return flat
 
 
 @dataclass(frozen=True)

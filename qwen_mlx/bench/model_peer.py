@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 from mlx.utils import tree_map_with_path
 
-from qwen_mlx.bench.model_engines import parameter_bytes, parameters
+from qwen_mlx.bench.model_engines import parameter_bytes
 from qwen_mlx.errors import QwenMLXError
+from qwen_mlx.load import parameters
 from qwen_mlx.model.qwen import Qwen
 
 
@@ -25,13 +26,9 @@ class MlxLM:
     name = "mlx-lm"
 
     def __init__(self, folder: Path, ours: Qwen) -> None:
-        """The model of `folder`, in the dtype of `ours`; nothing is evaluated yet."""
-        self._load_model, self._generate_step, self._stream = _import()
-        try:
-            self.model, *_ = self._load_model(folder, lazy=True)
-        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise NoPeer(f"mlx-lm cannot load {folder}: {reason}; leave --against out.") from None
+        """The model of `folder`, in the dtype of `ours`; nothing is evaluated yet. Raises NoPeer."""
+        self.model = load_peer(folder)
+        _, self._generate_step, self._wired_limit, self._stream = _import()
         _cast(self.model, ours.dtype)
         self.exact_gains = _gains_agree(self.model, ours)
         self.weight_bytes = parameter_bytes(self.model)
@@ -55,22 +52,33 @@ class MlxLM:
     def _generate(
         self, prompt: Sequence[int], count: int, sampler: Callable[[mx.array], mx.array] | None = None
     ) -> Iterator[tuple[Any, mx.array]]:
-        return self._generate_step(mx.array(list(prompt)), self.model, max_tokens=count, sampler=sampler)
+        with self._wired_limit(self.model, [self._stream]):  # as its `stream_generate` has it
+            yield from self._generate_step(mx.array(list(prompt)), self.model, max_tokens=count, sampler=sampler)
 
     def synchronize(self) -> None:
         mx.synchronize(self._stream)
 
 
+def load_peer(folder: Path) -> Any:
+    """mlx-lm's model of `folder`, its weights unread. Raises NoPeer."""
+    load_model, *_ = _import()
+    try:
+        return load_model(folder, lazy=True)[0]
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise NoPeer(f"mlx-lm cannot load {folder}: {reason}.") from None
+
+
 def _import() -> Any:
-    """`load_model`, `generate_step`, and the stream that the latter works on."""
+    """`load_model`; `generate_step`, what `stream_generate` puts around it, and the stream that it works on."""
     if not TYPE_CHECKING:  # mlx-lm brings no types
         try:
-            from mlx_lm.generate import generate_step, generation_stream
+            from mlx_lm.generate import generate_step, generation_stream, wired_limit
             from mlx_lm.utils import load_model
         except ImportError as error:
             raise NoPeer(f"mlx-lm cannot be imported ({error}); run `pip install mlx-lm`.") from None
 
-        return load_model, generate_step, generation_stream
+        return load_model, generate_step, wired_limit, generation_stream
 
 
 def _cast(model: Any, dtype: mx.Dtype) -> None:

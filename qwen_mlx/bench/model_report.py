@@ -10,6 +10,7 @@ from qwen_mlx.bench.model_bytes import StepBytes
 from qwen_mlx.bench.model_engines import Run
 from qwen_mlx.bench.model_figures import Figure, figure, figures, ratio, ratios
 from qwen_mlx.bench.model_startup import Starts
+from qwen_mlx.bench.table import aligned
 
 LEGEND = """\
 Medians; in brackets the spread, (largest - smallest) / median. first token: from the prompt to its first new token, the
@@ -90,11 +91,7 @@ def _table(report: Report) -> list[str]:
         if result.ratios:
             cells = [_cell(result.ratios[name], 1) for name in COLUMNS]
             rows.append([str(result.prompt_tokens), "ratio", *cells, ""])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join(f"{cell:{'<' if i == 1 else '>'}{w}}" for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
-        for row in rows
-    ]
+    return aligned(rows, left=1)
 
 
 def _cell(measured: Figure, factor: float) -> str:

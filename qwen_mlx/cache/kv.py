@@ -1,70 +1,80 @@
-"""Keys and values of one full-attention layer. Knows nothing of positions beyond how many tokens it holds."""
+"""Keys and values of one full-attention layer. Knows nothing of positions beyond how many tokens it holds.
+
+Both lie in one slab, so that a token is written by one operation. Its halves, `slab[0, :]` and `slab[1, :]`, are views
+that attention reads without a copy; `slab[0]` alone would gather one.
+"""
 
 import mlx.core as mx
 
-SLAB = 256  # tokens: a slab that grows by steps is written in place instead of being copied for every token
+SLAB = 256  # tokens: a slab grows by so many at a time, and not with every token
 
 
 class KVCache:
-    """keys, values: [B, Hkv, S, Dh] slabs of which the first `offset` tokens are filled."""
+    """slab: [2, B, Hkv, S, Dh], keys and values, of which the first `offset` tokens are filled."""
 
     def __init__(self) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self.slab: mx.array | None = None
         self.offset: int = 0
 
-    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append `keys` and `values` [B, Hkv, T, Dh]; returns all that is held, [B, Hkv, offset, Dh] each."""
-        start, end = self.offset, self.offset + keys.shape[2]
-        self.keys, self.values = _with_room(self.keys, keys, start, end), _with_room(self.values, values, start, end)
-        self.keys[:, :, start:end] = keys
-        self.values[:, :, start:end] = values
+    def update(self, keys_values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append `keys_values` [2, B, Hkv, T, Dh]; returns all keys and values held, [B, Hkv, offset, Dh] each."""
+        start, end = self.offset, self.offset + keys_values.shape[3]
+        self.slab = _with_room(self.slab, keys_values, start, end)
+        self.slab[:, :, :, start:end] = keys_values
         self.offset = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.slab[0, :, :, :end], self.slab[1, :, :, :end]
 
     def make_room(self) -> None:
-        """Let the slabs, which hold something already, take one more token."""
-        if self.keys is not None and self.values is not None:
-            start, end = self.offset, self.offset + 1
-            self.keys, self.values = (_with_room(slab, slab, start, end) for slab in (self.keys, self.values))
+        """Let the slab, which holds something already, take one more token."""
+        if self.slab is not None:
+            self.slab = _with_room(self.slab, self.slab, self.offset, self.offset + 1)
 
-    def snapshot(self) -> tuple[mx.array | None, mx.array | None, int]:
+    def snapshot(self) -> tuple[mx.array | None, int]:
         # A second reference to a slab makes the next write copy it, so what a snapshot holds is never written over.
-        return _reference(self.keys), _reference(self.values), self.offset
+        return _reference(self.slab), self.offset
 
-    def restore(self, snapshot: tuple[mx.array | None, mx.array | None, int]) -> None:
-        keys, values, self.offset = snapshot
-        self.keys, self.values = _reference(keys), _reference(values)
+    def restore(self, snapshot: tuple[mx.array | None, int]) -> None:
+        slab, self.offset = snapshot
+        self.slab = _reference(slab)
+
+    @property
+    def keys(self) -> mx.array | None:
+        """[B, Hkv, S, Dh]"""
+        return None if self.slab is None else self.slab[0, :]
+
+    @property
+    def values(self) -> mx.array | None:
+        """[B, Hkv, S, Dh]"""
+        return None if self.slab is None else self.slab[1, :]
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [a for a in (self.keys, self.values) if a is not None]
+        return [] if self.slab is None else [self.slab]
 
 
 class TracedKVCache:
-    """The slabs of a `KVCache` while a graph is made that must hold for every offset: it is an array here."""
+    """The slab of a `KVCache` while a graph is made that must hold for every offset: it is an array here."""
 
-    def __init__(self, keys: mx.array, values: mx.array, offset: mx.array) -> None:
-        self.keys, self.values, self.offset = keys, values, offset
+    def __init__(self, slab: mx.array, offset: mx.array) -> None:
+        self.slab, self.offset = slab, offset
 
-    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write `keys` and `values` [B, Hkv, T, Dh] at the offset, where there is room; returns both slabs whole."""
-        self.keys = mx.slice_update(self.keys, keys, self.offset, axes=(2,))
-        self.values = mx.slice_update(self.values, values, self.offset, axes=(2,))
-        return self.keys, self.values
+    def update(self, keys_values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write `keys_values` [2, B, Hkv, T, Dh] at the offset, where there is room; returns all of both halves."""
+        self.slab = mx.slice_update(self.slab, keys_values, self.offset, axes=(3,))
+        return self.slab[0, :], self.slab[1, :]
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [self.keys, self.values]
+        return [self.slab]
 
 
 def _with_room(slab: mx.array | None, like: mx.array, start: int, end: int) -> mx.array:
     """`slab`, of which `start` tokens are filled, or one that is longer by steps of SLAB if `end` lies beyond it."""
-    if slab is not None and end <= slab.shape[2]:
+    if slab is not None and end <= slab.shape[3]:
         return slab
-    B, H, _, D = like.shape
-    room = mx.zeros((B, H, -(-end // SLAB) * SLAB - start, D), like.dtype)
-    return room if slab is None else mx.concatenate([slab[:, :, :start], room], axis=2)
+    _, B, H, _, D = like.shape
+    room = mx.zeros((2, B, H, -(-end // SLAB) * SLAB - start, D), like.dtype)
+    return room if slab is None else mx.concatenate([slab[:, :, :, :start], room], axis=3)
 
 
 def _reference(slab: mx.array | None) -> mx.array | None:

@@ -36,18 +36,19 @@ class SequenceCache:
         return [array for layer in self.layers for array in layer.arrays]
 
     def make_room(self) -> None:
-        """Let the slabs of a cache that is not empty take one more token."""
+        """Let a cache that is not empty take one more token."""
         for layer in self.layers:
             if isinstance(layer, KVCache):
                 layer.make_room()
 
     def advance(self, arrays: Sequence[mx.array]) -> None:
         """Hold `arrays`, in the order of `self.arrays`, in which one token more is written."""
-        for layer, one, other in zip(self.layers, arrays[::2], arrays[1::2], strict=True):
+        rest = iter(arrays)
+        for layer in self.layers:
             if isinstance(layer, KVCache):
-                layer.keys, layer.values, layer.offset = one, other, layer.offset + 1
+                layer.slab, layer.offset = next(rest), layer.offset + 1
             else:
-                layer.conv_state, layer.recurrent_state = one, other
+                layer.conv_state, layer.recurrent_state = next(rest), next(rest)
 
     @property
     def nbytes(self) -> int:

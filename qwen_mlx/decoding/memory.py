@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
 
 import mlx.core as mx
 
@@ -11,20 +13,39 @@ CACHED_BYTES = 1 << 30
 """Of freed buffers, most that MLX keeps for the next allocation: more than a chunk of a prompt leaves behind."""
 
 
+@dataclass
+class _Device:
+    """The texts that are being made, and the limits that were there before the first of them."""
+
+    users: int = 0
+    wired: int = 0
+    cached: int = 0
+
+
+_device, _lock = _Device(), Lock()
+
+
 @contextmanager
 def device_limits() -> Iterator[None]:
-    """On Metal, wire as much as the device recommends, so that weights are not paged between tokens; restored after.
+    """On Metal, wire as much as the device recommends, so that weights are not paged between tokens.
 
-    `max_recommended_working_set_size` is what Metal says, and MLX's documentation asks for.
+    `max_recommended_working_set_size` is what Metal says, and MLX's documentation asks for. Texts may be made side by
+    side and end in any order: the first sets the limits, and the last restores them.
     """
     if gpu_generation() is None:
         yield
         return
-    wired = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    cached = mx.set_cache_limit(CACHED_BYTES)
+    with _lock:
+        if _device.users == 0:
+            _device.wired = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+            _device.cached = mx.set_cache_limit(CACHED_BYTES)
+        _device.users += 1
     try:
         yield
     finally:
         mx.synchronize()  # what is still under way relies on the wired memory
-        mx.set_wired_limit(wired)
-        mx.set_cache_limit(cached)
+        with _lock:
+            _device.users -= 1
+            if _device.users == 0:
+                mx.set_wired_limit(_device.wired)
+                mx.set_cache_limit(_device.cached)

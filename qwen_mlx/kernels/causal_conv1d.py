@@ -40,10 +40,15 @@ def causal_conv1d(
     _check(x, weight, conv_state, 2 * key_heads * key_dim, mask)
     if mask is not None:
         x = mx.where(mask[..., None], x, 0)
-    if CONV.usable and key_dim in KEY_SIZES and conv_state.shape[1] > 0:
+    if CONV.usable and conv_fits(weight.shape[1], key_dim):
         q, k, v, columns = metal_causal_conv1d(x, weight, conv_state, key_heads, key_dim, mask)
         return q, k, v, columns
     return _shifted_products(x, weight, conv_state, key_heads, key_dim, mask)
+
+
+def conv_fits(taps: int, key_dim: int) -> bool:
+    """Whether the kernel is written for so many taps and heads of this size."""
+    return taps >= 2 and key_dim in KEY_SIZES
 
 
 def naive_causal_conv1d(

@@ -43,7 +43,7 @@ def gated_delta_rule(
     """
     check_arguments(q, k, v, g, beta, state, mask)
     g, beta = freeze_masked(g, beta, mask)
-    T, fits = q.shape[1], kernels_fit(state, q.shape[2])
+    T, fits = q.shape[1], kernels_fit(q.shape[2], *state.shape[1:])
     if fits and CHUNK.usable and T > SCAN_TOKENS:
         o, state = metal_gated_delta_chunk(q, k, v, g, beta, state)
     elif fits and SCAN.usable:

@@ -5,6 +5,8 @@ import mlx.core as mx
 KEY_SIZES = (32, 64, 96, 128)
 ROWS = 8
 """Rows of the state that a SIMD-group holds."""
+GROUP = 4
+"""Most value heads of one key head: what released models have at most, and so what the kernels are tested with."""
 
 
 def check_arguments(
@@ -48,7 +50,6 @@ def freeze_masked(g: mx.array, beta: mx.array, mask: mx.array | None) -> tuple[m
     return mx.where(mask[..., None], g, 0), mx.where(mask[..., None], beta, 0)
 
 
-def kernels_fit(state: mx.array, key_heads: int) -> bool:
-    """Whether the Metal kernels are written for a state [B, Hv, Dv, Dk] and so many key heads."""
-    _, Hv, Dv, Dk = state.shape
-    return Dk in KEY_SIZES and Dv % ROWS == 0 and Hv // key_heads <= 4
+def kernels_fit(Hk: int, Hv: int, Dv: int, Dk: int) -> bool:
+    """Whether the Metal kernels are written for so many key and value heads of these sizes."""
+    return Dk in KEY_SIZES and Dv % ROWS == 0 and Hv % Hk == 0 and Hv // Hk <= GROUP

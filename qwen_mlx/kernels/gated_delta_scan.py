@@ -49,7 +49,7 @@ def gated_delta_scan(
 
 def tape_is_fused(state: mx.array, key_heads: int) -> bool:
     """Whether kernels write the tape of such a state and replay it. One of them alone would round unlike plain MLX."""
-    return SCAN_WITH_TAPE.usable and REPLAY.usable and kernels_fit(state, key_heads)
+    return SCAN_WITH_TAPE.usable and REPLAY.usable and kernels_fit(key_heads, *state.shape[1:])
 
 
 def naive_gated_delta_scan(

@@ -30,7 +30,12 @@ class StepWeights:
 
 def step_is_fused(conv_state: mx.array, state: mx.array) -> bool:
     """Whether `gated_delta_step` has a kernel here for states of these shapes; without one there is no step."""
-    return STEP.usable and conv_state.shape[1] > 0 and kernels_fit(state, _key_heads(conv_state, state))
+    return STEP.usable and step_fits(conv_state.shape[1] + 1, _key_heads(conv_state, state), *state.shape[1:])
+
+
+def step_fits(taps: int, Hk: int, Hv: int, Dv: int, Dk: int) -> bool:
+    """Whether the kernel is written for so many taps, key and value heads, and heads of these sizes."""
+    return taps >= 2 and kernels_fit(Hk, Hv, Dv, Dk)
 
 
 def gated_delta_step(

@@ -1,4 +1,4 @@
-"""Projected queries and keys, normed head by head and rotated to their places: one launch for both."""
+"""Projected queries, keys and values made ready for attention and its cache: norms and rotations in one launch."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -8,7 +8,9 @@ import mlx.core as mx
 from qwen_mlx.kernels.backend import Kernel
 
 QK_NORM_ROPE = Kernel(
-    "qk_norm_rope", ("q", "k", "q_gain", "k_gain", "frequencies", "eps", "offset"), ("q_out", "k_out")
+    "qk_norm_rope",
+    ("q", "k", "v", "q_gain", "k_gain", "frequencies", "eps", "offset"),
+    ("q_out", "keys_values"),
 )
 
 
@@ -30,39 +32,45 @@ def heads_are_fused(head_dim: int, rotary_dim: int) -> bool:
 
 def heads_fit(head_dim: int, rotary_dim: int) -> bool:
     """Whether the kernel is written for heads of this size."""
-    return head_dim % 32 == 0 and rotary_dim % 64 == 0
+    return head_dim % 32 == 0 and rotary_dim % 64 == 0 and rotary_dim <= head_dim
 
 
-def qk_norm_rope(q: mx.array, k: mx.array, norms: HeadNorms, offset: int | mx.array) -> tuple[mx.array, mx.array]:
-    """RMSNorm of every head, then the rotation of its first R elements by half-split pairs.
+def qk_norm_rope(
+    q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms, offset: int | mx.array
+) -> tuple[mx.array, mx.array]:
+    """RMSNorm of every query and key, then the rotation of its first R elements by half-split pairs.
 
         y = x / sqrt(mean(x^2) + eps) * gain;   a_j = position * theta^(-2j/R), j < R/2
         y_j = y_j cos a_j - y_{j+R/2} sin a_j;  y_{j+R/2} = y_{j+R/2} cos a_j + y_j sin a_j
 
-    q [B, T, Hq, 2 Dh]: each head's query before its gate, which is not read; k [B, T, Hkv, Dh]; token t stands at
-    `offset` + t. Returns q [B, Hq, T, Dh] and k [B, Hkv, T, Dh] in their dtype. Ask `heads_are_fused` first.
+    q [B, T, Hq, 2 Dh]: each head's query before its gate, which is not read; k, v [B, T, Hkv, Dh]; token t stands at
+    `offset` + t. Returns q [B, Hq, T, Dh], and keys and values, these as they are, as a cache takes them:
+    [2, B, Hkv, T, Dh]; all in the dtype of q. Ask `heads_are_fused` first.
     """
     B, T, Hq, _ = q.shape
     Hkv, Dh = k.shape[2:]
-    rotated_q, rotated_k = QK_NORM_ROPE(
+    queries, keys_values = QK_NORM_ROPE(
         q,
         k,
+        v,
         norms.q_gain,
         norms.k_gain,
         _frequencies(norms.rotary_dim, norms.base),
         norms.eps,
         offset if isinstance(offset, mx.array) else mx.array(offset, mx.int32),
-        outputs=[((B, Hq, T, Dh), q.dtype), ((B, Hkv, T, Dh), k.dtype)],
-        grid=(Hq + Hkv, B * T),
+        outputs=[((B, Hq, T, Dh), q.dtype), ((2, B, Hkv, T, Dh), q.dtype)],
+        grid=(Hq + 2 * Hkv, B * T),
         simdgroups=4,
         X=q.dtype,
         Dh=Dh,
         R=norms.rotary_dim,
     )
-    return rotated_q, rotated_k
+    return queries, keys_values
 
 
-def naive_qk_norm_rope(q: mx.array, k: mx.array, norms: HeadNorms, offset: int | mx.array) -> tuple[mx.array, mx.array]:
+def naive_qk_norm_rope(
+    q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms, offset: int | mx.array
+) -> tuple[mx.array, mx.array]:
     """The formula of `qk_norm_rope` for the reader; same arguments and results."""
     Dh, half = k.shape[-1], norms.rotary_dim // 2
     positions = (offset + mx.arange(k.shape[1])).astype(mx.float32)
@@ -74,8 +82,9 @@ def naive_qk_norm_rope(q: mx.array, k: mx.array, norms: HeadNorms, offset: int |
         y = y / mx.sqrt((y * y).mean(axis=-1, keepdims=True) + norms.eps) * gain
         left, right, rest = mx.split(y, [half, 2 * half], axis=-1)
         y = mx.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1)
-        heads.append(y.astype(x.dtype).transpose(0, 2, 1, 3))
-    return heads[0], heads[1]
+        heads.append(y.astype(x.dtype))
+    queries, keys, values = (y.transpose(0, 2, 1, 3) for y in (*heads, v))
+    return queries, mx.stack([keys, values])
 
 
 @cache

@@ -26,6 +26,11 @@ class Sizes:
     dtype: mx.Dtype
 
     @property
+    def heads(self) -> tuple[int, int, int, int]:
+        """Hk, Hv, Dv, Dk, as `kernels_fit` takes them."""
+        return self.key_heads, self.value_heads, self.value_dim, self.key_dim
+
+    @property
     def channels(self) -> int:
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
@@ -79,12 +84,12 @@ def random_sum(sizes: AttentionSizes) -> tuple[mx.array, mx.array, mx.array, flo
     return x, update, 1 + 0.1 * _normal(3, sizes.hidden_size), EPS
 
 
-def random_heads(sizes: AttentionSizes) -> tuple[mx.array, mx.array, HeadNorms, int]:
+def random_heads(sizes: AttentionSizes) -> tuple[mx.array, mx.array, mx.array, HeadNorms, int]:
     """The arguments of `qk_norm_rope` for one token at some place."""
     q = _normal(1, 1, 1, sizes.query_heads, 2 * sizes.head_dim).astype(sizes.dtype)
-    k = _normal(2, 1, 1, sizes.kv_heads, sizes.head_dim).astype(sizes.dtype)
+    k, v = (_normal(i, 1, 1, sizes.kv_heads, sizes.head_dim).astype(sizes.dtype) for i in (2, 5))
     q_gain, k_gain = (1 + 0.1 * _normal(i, sizes.head_dim) for i in (3, 4))
-    return q, k, HeadNorms(q_gain, k_gain, EPS, sizes.rotary_dim, 1e7), 1000
+    return q, k, v, HeadNorms(q_gain, k_gain, EPS, sizes.rotary_dim, 1e7), 1000
 
 
 def _normal(key: int, *shape: int) -> mx.array:

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from qwen_mlx.kernels.add_rms_norm import ADD_RMS_NORM, metal_add_rms_norm, naive_add_rms_norm
 from qwen_mlx.kernels.backend import Kernel, distrusted
-from qwen_mlx.kernels.causal_conv1d import CONV, metal_causal_conv1d, naive_causal_conv1d
+from qwen_mlx.kernels.causal_conv1d import CONV, conv_fits, metal_causal_conv1d, naive_causal_conv1d
 from qwen_mlx.kernels.gated_delta import SCAN_TOKENS, naive_gated_delta_rule
 from qwen_mlx.kernels.gated_delta_arguments import kernels_fit
 from qwen_mlx.kernels.gated_delta_chunk import CHUNK, metal_gated_delta_chunk
@@ -23,14 +23,13 @@ from qwen_mlx.kernels.gated_delta_scan import (
     metal_gated_delta_scan,
     naive_gated_delta_scan,
 )
-from qwen_mlx.kernels.gated_delta_step import STEP, gated_delta_step, naive_gated_delta_step
+from qwen_mlx.kernels.gated_delta_step import STEP, gated_delta_step, naive_gated_delta_step, step_fits
 from qwen_mlx.kernels.qk_norm_rope import QK_NORM_ROPE, heads_fit, naive_qk_norm_rope, qk_norm_rope
 from qwen_mlx.kernels.random_inputs import (
     AttentionSizes,
     Sizes,
     random_columns,
     random_heads,
-    random_state,
     random_step,
     random_sum,
     random_tokens,
@@ -50,11 +49,15 @@ def check_kernels(sizes: Sizes, attention: AttentionSizes) -> None:
     Without Metal there is nothing to check, nor of kernels that are not written for these sizes.
     """
     checks: dict[Kernel, Callable[[], Pair]] = {ADD_RMS_NORM: lambda: _check_sum(attention)}
-    if kernels_fit(random_state(sizes), sizes.key_heads):
+    if conv_fits(sizes.taps, sizes.key_dim):
+        checks[CONV] = partial(_check_conv, sizes)
+    if step_fits(sizes.taps, *sizes.heads):
+        checks[STEP] = partial(_check_step, sizes)
+    if kernels_fit(*sizes.heads):
         checks |= {kernel: partial(check, sizes) for kernel, check in DELTA_CHECKS.items()}
     if heads_fit(attention.head_dim, attention.rotary_dim):
         checks[QK_NORM_ROPE] = lambda: _check_heads(attention)
-    wrong = [kernel.label for kernel, check in checks.items() if kernel.usable and not _agrees(check)]
+    wrong = [kernel.label for kernel, check in checks.items() if kernel.usable and trouble(check)]
     if wrong:
         distrusted.update(wrong)
         warnings.warn(
@@ -64,18 +67,22 @@ def check_kernels(sizes: Sizes, attention: AttentionSizes) -> None:
         )
 
 
-def _agrees(check: Callable[[], Pair]) -> bool:
+def trouble(check: Callable[[], Pair]) -> str:
+    """What is wrong with the results of `check`: nothing if each is as near to what is expected as its dtype allows."""
     try:
-        return all(_close(x, y) for x, y in zip(*check(), strict=True))
-    except RuntimeError:  # MLX's error for a kernel that does not compile or launch
-        return False
-
-
-def _close(result: mx.array, expected: mx.array) -> bool:
-    """Whether the largest error is within the tolerance of the largest expected value; NaN is not."""
-    wide = expected.astype(mx.float32)
-    error, size = mx.abs(result.astype(mx.float32) - wide).max(), mx.abs(wide).max()
-    return bool((error <= TOLERANCE[result.dtype] * size).item())
+        results, expected = check()
+        mx.eval(results)
+    # A text that does not compile; more threads than the pipeline allows, or a shape that MLX does not take.
+    except (RuntimeError, ValueError) as error:
+        return f"does not run: {str(error).splitlines()[0]}"
+    for result, right in zip(results, expected, strict=True):
+        if result.shape != right.shape:
+            return f"wrong: shape {result.shape} for {right.shape}"
+        wide = right.astype(mx.float32)
+        off, size = mx.abs(result.astype(mx.float32) - wide).max(), mx.abs(wide).max()
+        if not (off <= TOLERANCE[result.dtype] * size).item():  # NaN is wrong as well
+            return f"wrong: off by {off.item():.1e} where the largest value is {size.item():.1e}"
+    return ""
 
 
 def _check_sum(sizes: AttentionSizes) -> Pair:
@@ -125,8 +132,6 @@ def _check_chunk(sizes: Sizes) -> Pair:
 
 
 DELTA_CHECKS: dict[Kernel, Callable[[Sizes], Pair]] = {
-    CONV: _check_conv,
-    STEP: _check_step,
     SCAN: _check_scan,
     SCAN_WITH_TAPE: _check_scan_with_tape,
     REPLAY: _check_replay,

@@ -39,11 +39,12 @@ class Attention(nn.Module):
         q, gate = mx.split(q_and_gate, 2, axis=-1)
         k, v = (y.reshape(B, T, self.num_kv_heads, self.head_dim) for y in (k, v))
         if positions is None and heads_are_fused(self.head_dim, self._rope.dims):
-            q, k = qk_norm_rope(q_and_gate, k, self._head_norms(), cache.offset)
+            q, keys_values = qk_norm_rope(q_and_gate, k, v, self._head_norms(), cache.offset)
         else:
-            q, k = (y.transpose(0, 2, 1, 3) for y in (self.q_norm(q), self.k_norm(k)))  # [B, H, T, Dh]
+            q, k, v = (y.transpose(0, 2, 1, 3) for y in (self.q_norm(q), self.k_norm(k), v))  # [B, H, T, Dh]
             q, k = (self._rope(y, cache.offset, positions) for y in (q, k))
-        k, v = cache.update(k, v.transpose(0, 2, 1, 3))
+            keys_values = mx.stack([k, v])
+        k, v = cache.update(keys_values)
         o = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
         return self.o_proj(sigmoid_gated(o.transpose(0, 2, 1, 3), gate).reshape(B, T, -1))
 

@@ -1,6 +1,7 @@
 """The text model: token ids to logits in three steps, `embed`, `hidden`, `logits`."""
 
 from collections.abc import Sequence
+from weakref import proxy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -53,11 +54,13 @@ class Qwen(nn.Module):
 
     def step(self, tokens: mx.array, cache: SequenceCache) -> mx.array:
         """One more token for each row behind what `cache` holds: tokens [B, 1] -> logits [B, V]."""
-        if gpu_generation() is None:  # without Metal, compiling needs a C++ compiler
+        # Without Metal, compiling needs a C++ compiler; an empty cache has no states that could go into the graph.
+        if gpu_generation() is None or cache.offset == 0:
             return self(tokens, cache)[:, -1]
         if self._compiled_step is None:
             mx.eval(self.parameters())
-            self._compiled_step = CompiledStep(self._forward, self.config.text.layer_types)
+            model = proxy(self)  # the step belongs to the model, and must not keep it alive
+            self._compiled_step = CompiledStep(lambda *args: model._forward(*args), self.config.text.layer_types)
         return self._compiled_step(tokens, cache)[:, -1]
 
     def _forward(self, tokens: mx.array, caches: Sequence[LayerCache], span: Span) -> mx.array:

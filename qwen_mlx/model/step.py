@@ -5,6 +5,7 @@ and come out, the offset is an array, and a mask cuts off what the slabs have no
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -26,9 +27,8 @@ class CompiledStep:
     """
 
     def __init__(self, forward: Forward, layer_types: Sequence[str]) -> None:
-        self._forward = forward
-        self._layer_types = layer_types
-        self._run: Callable[..., Any] = mx.compile(self._trace)
+        # Not a method: the graph, which holds the weights, would be freed by the garbage collector alone.
+        self._run: Callable[..., Any] = mx.compile(partial(_trace, forward, layer_types))
 
     def __call__(self, tokens: mx.array, cache: SequenceCache) -> mx.array:
         """tokens [B, 1] -> logits [B, 1, V]; `cache`, which is not empty, takes them in."""
@@ -39,17 +39,25 @@ class CompiledStep:
         cache.advance(arrays)
         return logits
 
-    def _trace(
-        self, tokens: mx.array, offset: mx.array, padding: list[mx.array], arrays: list[mx.array]
-    ) -> list[mx.array]:
-        caches: list[LayerCache] = []
-        for layer_type, one, other in zip(self._layer_types, arrays[::2], arrays[1::2], strict=True):
-            caches.append(TracedKVCache(one, other, offset) if layer_type == FULL else RecurrentCache(one, other))
-        places = mx.arange(next(c.keys.shape[2] for c in caches if isinstance(c, TracedKVCache)))
-        seen = places <= offset
-        for pad in padding:
-            seen = seen & (places >= pad[:, None, None, None])
-        attention = mx.broadcast_to(seen, (tokens.shape[0], 1, 1, places.size))
-        # Whatever pads a row lies before what its cache holds: a token that is decoded is never padding.
-        logits = self._forward(tokens, caches, Span(attention))
-        return [logits, *(array for cache in caches for array in cache.arrays)]
+
+def _trace(
+    forward: Forward,
+    layer_types: Sequence[str],
+    tokens: mx.array,
+    offset: mx.array,
+    padding: list[mx.array],
+    arrays: list[mx.array],
+) -> list[mx.array]:
+    rest = iter(arrays)
+    caches: list[LayerCache] = [
+        TracedKVCache(next(rest), offset) if layer_type == FULL else RecurrentCache(next(rest), next(rest))
+        for layer_type in layer_types
+    ]
+    places = mx.arange(next(c.slab.shape[3] for c in caches if isinstance(c, TracedKVCache)))
+    seen = places <= offset
+    for pad in padding:
+        seen = seen & (places >= pad[:, None, None, None])
+    attention = mx.broadcast_to(seen, (tokens.shape[0], 1, 1, places.size))
+    # Whatever pads a row lies before what its cache holds: a token that is decoded is never padding.
+    logits = forward(tokens, caches, Span(attention))
+    return [logits, *(array for cache in caches for array in cache.arrays)]

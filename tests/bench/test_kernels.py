@@ -251,7 +251,7 @@ def test_the_whole_command_counts_on_the_emulator(capsys, emulator):
     captured = capsys.readouterr()
     rows = json.loads(captured.out.splitlines()[-1])["rows"]
     assert [row["bytes_moved_distinct"] for row in rows] == [row["bytes_must_move"] for row in rows]
-    assert captured.err == ""
+    assert all(line.startswith("Counting") for line in captured.err.splitlines())  # how far it is, where that is slow
 
 
 def test_the_whole_command_where_there_is_metal(capsys, two_layers, monkeypatch):

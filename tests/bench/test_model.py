@@ -4,6 +4,8 @@ import csv
 import json
 import sys
 import warnings
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -426,6 +428,30 @@ def test_no_speed_up_is_told_when_an_engine_is_spoiled(capsys, monkeypatch, tmp_
     assert " of 16 after 16 tokens qwen_mlx takes " in captured.err
     assert captured.err.count("\n") == 1
     assert not table.exists()
+
+
+@pytest.mark.usefixtures("mlx_lm")
+@pytest.mark.parametrize(
+    ("module", "name"), [("qwen_mlx.bench.model_engines", "device_limits"), ("mlx_lm.generate", "wired_limit")]
+)
+def test_each_engine_runs_under_its_own_limits_of_memory(module, name, monkeypatch):
+    held = []
+
+    @contextmanager
+    def limits(*_):
+        held.append(True)
+        yield
+        held.append(False)
+
+    monkeypatch.setattr(import_module(module), name, limits)
+    ours = load_model(DEMO, dtype="float32")
+    engine = MlxLM(DEMO, ours) if name == "wired_limit" else Ours(ours, ours.config.text.vocab_size)
+    tokens = engine.tokens([5, 6, 7], 2)
+    assert held == []
+    next(tokens)
+    assert held == [True]
+    assert len(list(tokens)) == 1
+    assert held == [True, False]
 
 
 @pytest.mark.usefixtures("mlx_lm")

@@ -39,7 +39,7 @@ def contents(cache: SequenceCache) -> list[np.ndarray]:
     copies = []
     for layer in cache.layers:
         for array in layer.arrays:
-            copies.append(np.array(array[:, :, : layer.offset] if hasattr(layer, "offset") else array, copy=True))
+            copies.append(np.array(array[..., : layer.offset, :] if hasattr(layer, "offset") else array, copy=True))
     return copies
 
 

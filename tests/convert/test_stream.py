@@ -39,7 +39,7 @@ def random(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
 
 
 def write(path: Path, items: list[Item]) -> Path:
-    write_file(path, items, lambda count: None)
+    write_file(path, items, lambda *_: None)
     return path
 
 
@@ -256,7 +256,7 @@ model = nn.Module()
 for name, found in tensors.items():
     model[name.removesuffix(".weight")] = Linear(found.shape[1], found.shape[0])
 planned = plan(tensors, model, lambda path: Form(bits, 64) if bits < 16 else None, mx.bfloat16)
-write_file(result, planned.items, lambda count: None)
+write_file(result, planned.items, lambda *_: None)
 print(peak() - before)
 """
 

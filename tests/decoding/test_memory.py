@@ -60,6 +60,18 @@ def test_a_generation_sets_and_restores_them(tokens: int, limits: dict[str, int]
     assert limits == {"wired": 7, "cache": 8}
 
 
+def test_texts_that_overlap_restore_them_with_the_last(limits: dict[str, int]) -> None:
+    one, other = device_limits(), device_limits()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert limits == {"wired": 1000, "cache": CACHED_BYTES}
+    other.__exit__(None, None, None)
+    assert limits == {"wired": 7, "cache": 8}
+    with device_limits():
+        assert limits["wired"] == 1000
+
+
 def test_without_metal_no_limit_is_touched(limits: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "gpu_generation", lambda: None)
     with device_limits():

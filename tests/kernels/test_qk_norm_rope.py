@@ -1,4 +1,4 @@
-"""Norm and rotation of queries and keys in one launch against float64, and against MLX's own operations."""
+"""Norm and rotation of queries and keys, and the values with them, against float64 and against MLX's own operations."""
 
 import mlx.core as mx
 import numpy as np
@@ -13,10 +13,12 @@ EPS = 1e-6
 
 
 def problem(*, B=2, T=3, Hq=4, Hkv=2, Dh=64, R=64, dtype=mx.float32):
+    """q with gates, k, v, and the norms."""
     rng = np.random.default_rng(0)
-    q, k = (rng.standard_normal((B, T, H, size)).astype(np.float32) for H, size in ((Hq, 2 * Dh), (Hkv, Dh)))
+    shapes = (B, T, Hq, 2 * Dh), (B, T, Hkv, Dh), (B, T, Hkv, Dh)
+    projected = [mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype) for shape in shapes]
     gains = (mx.array(1 + 0.2 * rng.standard_normal(Dh).astype(np.float32)) for _ in range(2))
-    return mx.array(q).astype(dtype), mx.array(k).astype(dtype), HeadNorms(*gains, EPS, R, THETA)
+    return *projected, HeadNorms(*gains, EPS, R, THETA)
 
 
 SIZES = pytest.mark.parametrize(
@@ -67,25 +69,35 @@ def test_an_offset_may_be_an_array():
     assert all(np.array_equal(np.array(x), np.array(y)) for x, y in pairs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("metal")
+def test_values_move_bit_by_bit(dtype):
+    q, k, v, norms = problem(dtype=dtype)
+    _, keys_values = qk_norm_rope(q, k, v, norms, 7)
+    assert mx.array_equal(keys_values[1, :], v.transpose(0, 2, 1, 3))
+
+
 @pytest.mark.usefixtures("metal")
 def test_equals_what_the_layer_does_in_plain_mlx():
-    q, k, norms = problem()
+    q, k, v, norms = problem()
     plain = []
     for x, gain in (q[..., :64], norms.q_gain), (k, norms.k_gain):
         heads = mx.fast.rms_norm(x, gain, EPS).transpose(0, 2, 1, 3)
-        plain.append(float64(mx.fast.rope(heads, 64, traditional=False, base=THETA, scale=1.0, offset=7)))
-    assert within_tolerance(qk_norm_rope(q, k, norms, 7), plain)
+        plain.append(mx.fast.rope(heads, 64, traditional=False, base=THETA, scale=1.0, offset=7))
+    expected = float64(plain[0]), float64(mx.stack([plain[1], v.transpose(0, 2, 1, 3)]))
+    assert within_tolerance(qk_norm_rope(q, k, v, norms, 7), expected)
 
 
 @pytest.mark.usefixtures("metal")
 def test_no_notice_is_taken_of_the_gates():
-    q, k, norms = problem()
+    q, k, v, norms = problem()
     spoiled = mx.concatenate([q[..., :64], q[..., 64:] * mx.nan], axis=-1)
-    assert within_tolerance(qk_norm_rope(spoiled, k, norms, 7), reference.qk_norm_rope(q, k, norms, 7))
+    assert within_tolerance(qk_norm_rope(spoiled, k, v, norms, 7), reference.qk_norm_rope(q, k, v, norms, 7))
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "rotary_dim", "fused"), [(256, 64, True), (64, 64, True), (80, 64, False), (64, 16, False)]
+    ("head_dim", "rotary_dim", "fused"),
+    [(256, 64, True), (64, 64, True), (80, 64, False), (64, 16, False), (64, 128, False)],
 )
 @pytest.mark.usefixtures("metal")
 def test_only_heads_that_the_kernel_serves_are_fused(head_dim, rotary_dim, fused):

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from qwen_mlx.kernels import backend, self_check
+from qwen_mlx.kernels.backend import Kernel
 from qwen_mlx.kernels.gated_delta import gated_delta_rule
 from qwen_mlx.kernels.gated_delta_replay import gated_delta_replay
 from qwen_mlx.kernels.gated_delta_scan import gated_delta_scan
+from qwen_mlx.kernels.gated_delta_step import STEP
 from qwen_mlx.kernels.random_inputs import AttentionSizes, Sizes
 from qwen_mlx.kernels.self_check import DELTA_CHECKS, check_kernels
 from tests import reference
@@ -20,7 +22,13 @@ from tests.metal_emulator.device import emulated_metal
 
 SIZES = Sizes(key_heads=2, value_heads=4, key_dim=32, value_dim=16, taps=4, dtype=mx.float32)
 ATTENTION = AttentionSizes(hidden_size=96, query_heads=2, kv_heads=1, head_dim=64, rotary_dim=64, dtype=mx.float32)
-LABELS = ["add_rms_norm", *(kernel.label for kernel in DELTA_CHECKS), "qk_norm_rope"]
+LABELS = [
+    "add_rms_norm",
+    "causal_conv1d",
+    "gated_delta_step",
+    *(kernel.label for kernel in DELTA_CHECKS),
+    "qk_norm_rope",
+]
 
 # A mistake in each text that its own layout forgives: only the numbers are wrong.
 BUGS = {
@@ -96,6 +104,22 @@ def test_a_kernel_that_does_not_run_is_a_wrong_one(broken, monkeypatch):
         check_kernels(SIZES, ATTENTION)
 
 
+@pytest.mark.usefixtures("device")
+def test_a_kernel_that_mlx_refuses_to_launch_is_a_wrong_one(monkeypatch):
+    """It throws std::invalid_argument where a pipeline of many registers allows fewer threads than are asked for."""
+    launch = Kernel.__call__
+
+    def refuse(kernel, *inputs, **options):
+        if kernel is STEP:
+            raise ValueError("[metal::Device] Threadgroup size (256) is greater than the maximum (192)")
+        return launch(kernel, *inputs, **options)
+
+    monkeypatch.setattr(Kernel, "__call__", refuse)
+    with pytest.warns(UserWarning, match="gated_delta_step"):
+        check_kernels(SIZES, ATTENTION)
+    assert backend.distrusted == {"gated_delta_step"}
+
+
 @pytest.mark.parametrize("T", [4, 20])
 @pytest.mark.usefixtures("device")
 def test_answers_stay_right_with_a_wrong_kernel(T, monkeypatch):
@@ -137,14 +161,28 @@ def test_a_tape_is_written_and_replayed_by_kernels_or_by_neither(name, monkeypat
     assert np.array_equal(np.array(replayed), np.array(stopped))
 
 
+@pytest.mark.parametrize(
+    ("other", "checked"),
+    [
+        pytest.param({"key_dim": 48}, ["add_rms_norm"], id="no_kernel_of_these_heads"),
+        pytest.param({"value_dim": 12}, ["add_rms_norm", "causal_conv1d"], id="values_only_the_convolution_takes"),
+        pytest.param({"value_heads": 16}, ["add_rms_norm", "causal_conv1d"], id="eight_values_a_key"),
+        pytest.param({"value_heads": 5}, ["add_rms_norm", "causal_conv1d"], id="no_multiple_of_the_keys"),
+        pytest.param(
+            {"taps": 1},
+            ["add_rms_norm", *(kernel.label for kernel in DELTA_CHECKS)],
+            id="no_convolution",
+        ),
+    ],
+)
 @pytest.mark.usefixtures("device")
-def test_sizes_that_no_kernel_serves_are_not_checked():
+def test_only_what_serves_the_sizes_is_checked(other, checked):
     with recording() as runs:
-        check_kernels(replace(SIZES, key_dim=48), replace(ATTENTION, rotary_dim=16))
-    assert [run.name for run in runs] == ["qwen_add_rms_norm"]
+        check_kernels(replace(SIZES, **other), replace(ATTENTION, rotary_dim=16))
+    assert [run.name for run in runs] == [f"qwen_{label}" for label in checked]
 
 
 def test_without_metal_nothing_is_run(monkeypatch):
     check_kernels.cache_clear()
-    monkeypatch.setattr(self_check, "_agrees", lambda *_: pytest.fail("a kernel was run"))
+    monkeypatch.setattr(self_check, "trouble", lambda *_: pytest.fail("a kernel was run"))
     check_kernels(SIZES, ATTENTION)

@@ -169,11 +169,11 @@ def run_sum() -> None:
 
 
 def run_heads() -> None:
-    for sizes in (SIZES, replace(SIZES, head_dim=160, rotary_dim=128, query_heads=3, kv_heads=2)):
-        q, k, norms, offset = random_heads(sizes)
-        q, k = (mx.concatenate([x, 1e-3 * x], axis=1) for x in (q, k))  # two tokens
-        q, k = (mx.concatenate([x, -x], axis=0) for x in (q, k))  # of two sequences
-        check(qk_norm_rope(q, k, norms, offset), reference.qk_norm_rope(q, k, norms, offset))
+    for sizes in (SIZES, replace(SIZES, head_dim=160, rotary_dim=128, query_heads=4, kv_heads=3)):
+        *projected, norms, offset = random_heads(sizes)
+        projected = [mx.concatenate([x, 1e-3 * x, 0.5 * x], axis=1) for x in projected]  # three tokens
+        projected = [mx.concatenate([x, -x], axis=0) for x in projected]  # of two sequences
+        check(qk_norm_rope(*projected, norms, offset), reference.qk_norm_rope(*projected, norms, offset))
 
 
 SIZES = AttentionSizes(hidden_size=64, query_heads=2, kv_heads=1, head_dim=64, rotary_dim=64, dtype=mx.float32)

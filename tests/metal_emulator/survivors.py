@@ -66,6 +66,10 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "gated_delta_chunk",
         "for (int size = 2; size < 9; size *= 2) {",
     ): "Blocks of 8 fill the tile; at their level there is nothing to merge, and L is 0.",
+    (
+        "qk_norm_rope",
+        "const int kv_head = (head + Hq) % Hkv;",
+    ): "SIMD-groups of keys change places among themselves, and those of values; every head is made all the same.",
     ("add_rms_norm", "if (thread_index_in_simdgroup == 1) {"): "All lanes of a SIMD-group hold its sum.",
     ("add_rms_norm", "constexpr int ELEMENTS = (D + THREADS + 1) / THREADS;"): NO_ELEMENT,
     ("add_rms_norm", "for (int i = 0; i <= ELEMENTS; ++i) {"): NO_ELEMENT,
