@@ -190,12 +190,14 @@ def test_the_packed_matrix_is_that_of_mlx(form: Form, tmp_path: Path) -> None:
     assert same(found, dict(zip(kinds, mx.quantize(array, form.group_size, form.bits, form.mode))))
 
 
-def test_progress_counts_the_bytes_that_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_counts_tensors_and_the_bytes_that_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "BLOCK", 1000)
     items, arrays = mixed()
-    counts: list[int] = []
-    write_file(tmp_path / "a", items, counts.append)
-    assert sum(counts) == sum(item.source_nbytes for item in items) == sum(array.nbytes for array in arrays.values())
+    counts: list[tuple[int, int]] = []
+    write_file(tmp_path / "a", items, lambda *count: counts.append(count))
+    tensors, nbytes = map(sum, zip(*counts))
+    assert tensors == len(items)
+    assert nbytes == sum(item.source_nbytes for item in items) == sum(array.nbytes for array in arrays.values())
 
 
 def test_what_breaks_off_leaves_no_file_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
