@@ -83,7 +83,7 @@ def _tags(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
 
 
 def _what_it_is(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    source, kept = facts["source"], facts["kept"]
+    source = facts["source"]
     name = source["id"]
     origin = f"[{name}](https://huggingface.co/{name})" if source["hub"] else f"the folder {name}"
     if source["revision"]:
@@ -104,8 +104,8 @@ A Qwen3.5 model for Apple Silicon, converted by qwen_mlx {facts["qwen_mlx"]} fro
 | weights | {form} |
 | bits per weight | {facts["bits_per_weight"]:.2f} |
 | size | {facts["bytes"]:,} bytes |
-| MTP head | {_kept(kept["mtp"])} |
-| vision tower | {_kept(kept["vision"])} |
+| MTP head | {_kept(facts, "mtp")} |
+| vision tower | {_kept(facts, "vision")} |
 
 It was made by
 
@@ -115,8 +115,10 @@ It was made by
 """
 
 
-def _kept(kept: bool) -> str:
-    return "kept" if kept else "left out"
+def _kept(facts: Mapping[str, Any], part: str) -> str:
+    if facts["kept"][part]:
+        return "kept"
+    return "left out" if part in facts["dropped"] else "none in the source"
 
 
 def _use(config: Mapping[str, Any]) -> str:

@@ -1,17 +1,19 @@
 """`python -m qwen_mlx.convert`: the options, and what is shown in the end."""
 
 import argparse
-import shlex
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen_mlx.cli import Parser
+from qwen_mlx.convert.folder import REQUEST, beside
 from qwen_mlx.convert.forms import AUTO
 from qwen_mlx.convert.pipeline import Options, convert
 from qwen_mlx.convert.recipes import RECIPES, Form
-from qwen_mlx.convert.upload import upload
+from qwen_mlx.convert.upload import check_access, upload
+from qwen_mlx.errors import UnverifiedError
 from qwen_mlx.load import DTYPES
 
 DEFAULT_RECIPE = "q4"
@@ -20,14 +22,17 @@ AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    said = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser()
-    args = parser.parse_args(said)
+    args = parser.parse_args(arguments)
     recipe, form = _quantization(parser, args)
     if args.dwq and not (recipe or form):
         parser.error("--dwq needs -q")
+    if (args.private or args.allow_unverified) and not args.upload_repo:
+        parser.error("--private and --allow-unverified need --upload-repo")
     if args.upload_repo and not args.verify and not args.allow_unverified:
         parser.error("--upload-repo with --no-verify needs --allow-unverified")
+    if args.upload_repo:
+        check_access(args.upload_repo)
     options = Options(
         hf_path=args.hf_path,
         mlx_path=Path(args.mlx_path).expanduser(),
@@ -43,12 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mtp=args.mtp,
         verify=args.verify,
         force=args.force,
-        command=f"python -m qwen_mlx.convert {shlex.join(said)}",
     )
     try:
         account = convert(options)
     except KeyboardInterrupt:
-        print("What is finished is kept; the same command goes on from there.", file=sys.stderr)
+        partial = beside(options.mlx_path, "partial")
+        if (partial / REQUEST).exists():
+            print(f"What is finished is kept in {partial}; the same command goes on from there.", file=sys.stderr)
+        raise
+    except UnverifiedError as error:
+        print(*_table(options.mlx_path, error.account), sep="\n")
         raise
     print(*_table(options.mlx_path, account), sep="\n")
     if args.upload_repo:
@@ -90,13 +99,16 @@ def _quantization(parser: Parser, args: argparse.Namespace) -> tuple[str | None,
         parser.error(f"choose either --recipe or --{flat[0].replace('_', '-')}")
     if (args.recipe == AUTO) != (args.target_bits is not None):
         parser.error("--recipe auto and --target-bits belong together")
+    if args.target_bits is not None and not 0 < args.target_bits < math.inf:
+        parser.error(f"--target-bits must be a positive number, not {args.target_bits}")
     if flat and not args.quantize:
         parser.error(f"--{flat[0].replace('_', '-')} needs -q")
     if not flat:
         return args.recipe or (DEFAULT_RECIPE if args.quantize else None), None
     mode = args.q_mode or "affine"
     bits, group_size = USUAL[mode]
-    bits, group_size = args.q_bits or bits, args.q_group_size or group_size
+    bits = bits if args.q_bits is None else args.q_bits
+    group_size = group_size if args.q_group_size is None else args.q_group_size
     if mode != "affine" and (bits, group_size) != USUAL[mode]:
         parser.error(f"--q-mode {mode} has {USUAL[mode][0]} bits in groups of {USUAL[mode][1]}")
     if bits not in AFFINE_BITS:
@@ -111,19 +123,26 @@ def _table(path: Path, account: dict[str, Any]) -> list[str]:
     rows = [
         ("folder", str(path)),
         ("bits per weight", f"{account['bits_per_weight']:.2f}"),
-        ("size", f"{account['bytes'] / 1e9:.2f} GB"),
-        ("draft head, vision tower", ", ".join("kept" if account["kept"][k] else "none" for k in ("mtp", "vision"))),
+        ("size", f"{account['bytes'] / 1e6:,.1f} MB"),
+        ("draft head", _part(account, "mtp")),
+        ("vision tower", _part(account, "vision")),
     ]
     if proof:
         rows += [
             ("text", f"{proof['text']}, {proof['tokens']} tokens"),
-            ("KL from the source, mean", f"{proof['kl_mean']:.4f}"),
-            ("KL from the source, 99.9 %", f"{proof['kl_p999']:.4f}"),
+            ("KL from the source, mean", f"{proof['kl_mean']:.3g}"),
+            ("KL from the source, 99.9 %", f"{proof['kl_p999']:.3g}"),
             ("same likeliest token", f"{proof['top1_agreement']:.1%}"),
-            ("perplexity, source", f"{proof['perplexity']:.3f}, {proof['perplexity_source']:.3f}"),
+            ("perplexity", f"{proof['perplexity']:.3f}"),
+            ("perplexity of the source", f"{proof['perplexity_source']:.3f}"),
         ]
     if proof and proof["mtp_agreement"] is not None:
-        rows.append(("draft agreement, source", f"{proof['mtp_agreement']:.1%}, {proof['mtp_agreement_source']:.1%}"))
+        rows.append(("tokens that the draft head foretells", f"{proof['mtp_agreement']:.1%}"))
+        rows.append(("tokens that the source's foretells", f"{proof['mtp_agreement_source']:.1%}"))
     rows.append(("verified", "yes" if account["verified"] else f"no: {account['reason']}"))
     width = max(len(name) for name, _ in rows)
     return [f"{name:{width}}  {value}" for name, value in rows]
+
+
+def _part(account: dict[str, Any], part: str) -> str:
+    return "kept" if account["kept"][part] else "dropped" if part in account["dropped"] else "none in the source"

@@ -20,6 +20,7 @@ from qwen_mlx.load import DTYPES, parameters, set_weights
 SAMPLES = 1024  # windows in all; a shorter text is read again
 BATCH = 4
 LEARNING_RATE = 1e-6  # mlx-lm's own
+SHARDS, COMPLETE = "tuned", "complete"
 
 
 def tune(
@@ -37,6 +38,8 @@ def tune(
     """
     if (folder / TUNED).exists():
         return
+    if (folder / SHARDS / COMPLETE).exists():  # an earlier run broke off while it moved them
+        return _move(folder)
     from mlx.optimizers import Adam
     from mlx_lm.quant.dwq import dwq_quantize
     from mlx_lm.utils import load_model as load_peer
@@ -55,32 +58,40 @@ def tune(
     teacher.dtype = DTYPES[dtype]
     set_weights(teacher, {name: found.all() for name, found in opened.source.text.items()}, teacher.dtype)
     data = [(window.tolist(), 0) for window in whole]
-    repeated = [data[i % len(data)] for i in range(max(samples, len(data)))]
+    validation, learned = (data[:BATCH], data[BATCH:]) if len(data) >= 2 * BATCH else (data[:BATCH], data)
+    repeated = [learned[i % len(learned)] for i in range(max(samples, len(learned)))]
     with redirect_stdout(sys.stderr):
         dwq_quantize(
             student,
             lambda batch, *_, **__: teacher(batch),
             Adam(learning_rate=learning_rate, bias_correction=True),
             repeated,
-            data[:BATCH],
+            validation,
             BATCH,
             windows[0].size,
             seed=0,
             dtype=DTYPES[dtype],
         )
     found = parameters(student)
-    _replace(folder, {name: array for name, array in found.items() if name.endswith(("scales", "biases"))})
+    _write(folder, {name: array for name, array in found.items() if name.endswith(("scales", "biases"))})
+    _move(folder)
 
 
-def _replace(folder: Path, learned: dict[str, mx.array]) -> None:
-    shards, tuned = sorted(folder.glob("model*.safetensors")), folder / "tuned"
+def _write(folder: Path, learned: dict[str, mx.array]) -> None:
+    """The shards once more, with what was learned, beside those there are."""
+    tuned = folder / SHARDS
     shutil.rmtree(tuned, ignore_errors=True)
     tuned.mkdir()
-    for shard in shards:
+    for shard in sorted(folder.glob("model*.safetensors")):
         tensors = load_file(shard)
         tensors |= {name: learned[name] for name in tensors.keys() & learned.keys()}
         mx.save_safetensors(str(tuned / shard.name), tensors, {"format": "mlx"})
-    for shard in shards:
-        (tuned / shard.name).replace(shard)
-    tuned.rmdir()
+    (tuned / COMPLETE).touch()
+
+
+def _move(folder: Path) -> None:
+    """Let complete shards take the place of those they were made of."""
+    for shard in (folder / SHARDS).glob("*.safetensors"):
+        shard.replace(folder / shard.name)
     (folder / TUNED).touch()
+    shutil.rmtree(folder / SHARDS)

@@ -10,7 +10,7 @@ from qwen_mlx.convert.progress import tokens_through
 from qwen_mlx.convert.recipes import MTP_FORM, RECIPES, Form, form_of, lowest_bits
 from qwen_mlx.convert.sensitivity import allocate, quantizable, sensitivity
 from qwen_mlx.errors import ConversionError
-from qwen_mlx.load import set_weights
+from qwen_mlx.load import parameters, set_weights
 
 AUTO = "auto"
 WINDOWS = 2  # of the text: a measurement passes them some hundred times
@@ -44,7 +44,8 @@ def by_measurement(opened: Opened, windows: Sequence[mx.array], vocab_size: int,
     """
     model = opened.model()
     matrices = quantizable(model)
-    sizes = {path: int(matrix.weight.size) for path, matrix in matrices.items()}
+    # By the path of its module; what is no matrix stays as it is, and counts.
+    sizes = {name.removesuffix(".weight"): int(array.size) for name, array in parameters(model).items()}
     fitting = [g for g in (128, 64) if all(matrix.weight.shape[-1] % g == 0 for matrix in matrices.values())]
     choices = [Form(bits, fitting[0] if fitting else 32) for bits in BITS]
     possible = {

@@ -44,14 +44,21 @@ class Opened:
         return is_quantized(self.model())
 
 
-def open_model(path: Path, *, dequantize: bool = False) -> Opened:
+def open_model(path: Path, *, dequantize: bool = False, vision: bool = True, mtp: bool = True) -> Opened:
     """The checkpoint in the folder, or GGUF file, `path`; `dequantize` gives the float form of a quantized one.
 
-    Raises `CheckpointError` where tensors and configuration disagree, besides what `open_source` raises, and
-    `ConversionError` where there is nothing to dequantize.
+    Without `vision` or `mtp` that part is not looked at. Raises `CheckpointError` where tensors and configuration
+    disagree, besides what `open_source` raises, and `ConversionError` where there is nothing to dequantize.
     """
-    source = open_gguf(path) if path.is_file() else open_source(path)
-    config = parse_config(source.config, _generation(source), path)
+    if path.is_file():
+        source = open_gguf(path)
+        source = source if mtp else replace(source, mtp={})
+        config = parse_config(source.config, _generation(source), path)
+    else:
+        raw = _without_fp8(read_json(path / "config.json"))
+        generation = path / "generation_config.json"
+        config = parse_config(raw, read_json(generation) if generation.exists() else {}, path)
+        source = open_source(path, raw, vision=vision, mtp=mtp)
     if config.text.tie_word_embeddings:
         # Some tied releases store the head a second time.
         _check_second_head(path, source)
@@ -64,8 +71,8 @@ def open_model(path: Path, *, dequantize: bool = False) -> Opened:
         return opened
     if not opened.quantized:
         raise ConversionError(f"{path} is not quantized, so there is nothing to dequantize; leave --dequantize out.")
-    mtp = dequantized(source.mtp, head) if head is not None else {}
-    return Opened(path, replace(source, text=dequantized(source.text, opened.model()), mtp=mtp), config)
+    drafts = dequantized(source.mtp, head) if head is not None else {}
+    return Opened(path, replace(source, text=dequantized(source.text, opened.model()), mtp=drafts), config)
 
 
 def _check_second_head(path: Path, source: Source) -> None:
@@ -82,6 +89,13 @@ def _check_second_head(path: Path, source: Source) -> None:
             )
 
 
+def _without_fp8(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the note that it is one of Qwen's FP8 releases, whose scales are read as such; other methods are not."""
+    said = config.get("quantization_config")
+    ours = isinstance(said, dict) and said.get("quant_method") == "fp8" and said.get("weight_block_size") == [128, 128]
+    return {name: value for name, value in config.items() if not (ours and name == "quantization_config")}
+
+
 def _generation(source: Source) -> dict[str, Any]:
-    file = source.files.get("generation_config.json", b"{}")
-    return dict(json.loads(file)) if isinstance(file, bytes) else read_json(file)
+    said = source.files.get("generation_config.json", b"{}")
+    return dict(json.loads(said)) if isinstance(said, bytes) else {}

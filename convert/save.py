@@ -53,6 +53,8 @@ def model_config(source: Source, plan: Plan, tied: bool, *, vision: bool, mtp: b
     text = {k: v for k, v in config["text_config"].items() if k != "quantization_config"}
     text |= {"dtype": dtype, "tie_word_embeddings": tied, "mtp_num_hidden_layers": int(mtp)}
     config["text_config"] = text
+    for stale in ("dtype", "torch_dtype"):
+        config.pop(stale, None)
     if not vision:
         config = {k: v for k, v in config.items() if k not in VISION_KEYS}
         moe = "Moe" if "moe" in config["model_type"] else ""
@@ -75,8 +77,10 @@ def draft_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     return found | ({"quantization": plan.quantization} if plan.quantization else {})
 
 
-def copy_companions(source: Source, folder: Path) -> None:
+def copy_companions(source: Source, folder: Path, *, vision: bool = False) -> None:
     for name, content in source.files.items():
+        if "processor" in name and not vision:
+            continue
         if isinstance(content, bytes):
             write_text(folder / name, content.decode("utf-8"))
         else:

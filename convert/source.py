@@ -19,9 +19,9 @@ from qwen_mlx.checkpoint import (
     ZERO_CENTRED,
     Checkpoint,
     Header,
-    _unlisted_shards,
     open_checkpoint,
     some,
+    unlisted_shards,
 )
 from qwen_mlx.config import read_json
 from qwen_mlx.errors import CheckpointError
@@ -55,7 +55,8 @@ COMPANIONS = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "processor_config.json",
-    "LICENSE",
+    "LICENSE*",
+    "NOTICE*",
 )
 
 
@@ -91,27 +92,34 @@ class Source:
     files: dict[str, Path | bytes] = field(default_factory=dict)  # tokenizer, template, ...: a file, or what it holds
 
 
-def open_source(folder: Path) -> Source:
-    """The checkpoint in `folder`: released (bfloat16 or FP8) or converted, quantized or not, or a GGUF file.
+def open_source(folder: Path, config: dict[str, Any], *, vision: bool = True, mtp: bool = True) -> Source:
+    """The checkpoint in `folder`, whose config.json is `config`: released (bfloat16 or FP8) or MLX, quantized or not.
 
-    Raises `CheckpointError` where a file is missing, truncated, contradicts its index or mixes conventions.
+    What is not wanted is not looked at. Raises `CheckpointError` where a file is missing, truncated, contradicts its
+    index or mixes conventions.
     """
-    config = read_json(folder / "config.json")
     checkpoint = open_checkpoint(folder)
     _check_index(folder, checkpoint.headers | checkpoint.others)
-    kind = checkpoint.layout
-    if any(header.dtype == "F8_E4M3" for header in checkpoint.headers.values()):
-        kind = "FP8"
-        config.pop("quantization_config", None)
     text = _tensors(folder, _once(folder, ((checkpoint.names[n], header) for n, header in checkpoint.headers.items())))
     text |= _gains(checkpoint, text)
-    stored = {name: header for name, header in checkpoint.others.items() if not MTP.match(name)}
-    _check_halves(stored)
-    vision = _once(
-        folder, ((VISION.sub("vision_tower.", n), _channels_last(n, tensor(n, header))) for n, header in stored.items())
+    tower = {name: header for name, header in checkpoint.others.items() if vision and not MTP.match(name)}
+    fp8 = any(header.dtype == "F8_E4M3" for header in checkpoint.headers.values())
+    return Source(
+        kind="FP8" if fp8 else checkpoint.layout,
+        config=config,
+        text=text,
+        mtp=_draft_head(folder) if mtp else {},
+        vision=_vision(folder, tower),
+        files={path.name: path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()},
     )
-    files = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
-    return Source(kind, config, text, _draft_head(folder), vision, dict(files))
+
+
+def _vision(folder: Path, headers: Mapping[str, Header]) -> dict[str, Tensor]:
+    named = _once(folder, ((VISION.sub("vision_tower.", name), header) for name, header in headers.items()))
+    tower = {name: _channels_last(name, found) for name, found in _scaled_tensors(named).items()}
+    if packed := [name for name, found in tower.items() if found.dtype == mx.uint32]:
+        raise CheckpointError(f"{folder}: the vision tower is quantized ({some(packed)}); leave it out by --text-only.")
+    return tower
 
 
 Value = TypeVar("Value")
@@ -133,24 +141,9 @@ def _check_index(folder: Path, headers: Mapping[str, Header]) -> None:
     for name, file in listed.items():
         if name not in headers or headers[name].file != folder / file:
             raise CheckpointError(f"{index} says that {file} holds {name}, which it does not; download both again.")
-    rest = _unlisted_shards([folder / file for file in set(listed.values())])
+    rest = unlisted_shards([folder / file for file in set(listed.values())])
     if beside := [file for file in rest if (folder / file).exists()]:
         raise CheckpointError(f"{index} lists nothing of {some(beside)}, a part of the model; download it again.")
-
-
-def _check_halves(headers: Mapping[str, Header]) -> None:
-    """Nobody mixes the two floats of 16 bits in one file: one that is told as the other would be a wrong model."""
-    kinds: dict[tuple[Path, str], list[str]] = {}
-    for name, header in headers.items():
-        kinds.setdefault((header.file, header.dtype), []).append(name)
-    for (file, kind), names in kinds.items():
-        others = kinds.get((file, "F16"), [])
-        if kind == "BF16" and others:
-            few = min(names, others, key=len)
-            raise CheckpointError(
-                f"{file} mixes bfloat16 and float16 ({some(few)} as {headers[few[0]].dtype}), as no release does; "
-                "download it again."
-            )
 
 
 def tensor(name: str, header: Header) -> Tensor:
@@ -179,18 +172,8 @@ def tensor(name: str, header: Header) -> Tensor:
 
 
 def _tensors(place: Path, headers: Mapping[str, Header]) -> dict[str, Tensor]:
-    """By our names: FP8 with its scales as float32, experts of one kind in one tensor, gate and up apart."""
-    _check_halves(headers)
-    stored = {name: tensor(name, header) for name, header in headers.items()}
-    for name in [name for name in stored if name.endswith(SCALE)]:
-        weight = name.removesuffix(SCALE)
-        if weight not in stored or headers[weight].dtype != "F8_E4M3":
-            raise CheckpointError(f"{headers[name].file}: {name} scales no FP8 tensor; download the model again.")
-        stored[weight] = _scaled(f"{headers[weight].file}: {weight}", stored[weight], stored.pop(name))
-    if bare := [name for name, found in stored.items() if headers[name].dtype == "F8_E4M3" and found.dtype == mx.uint8]:
-        raise CheckpointError(
-            f"{headers[bare[0]].file}: {bare[0]} is FP8 and has no {SCALE}; download the model again."
-        )
+    """By our names: experts of one kind in one tensor, gate and up apart."""
+    stored = _scaled_tensors(headers)
     experts: dict[str, dict[int, Tensor]] = {}
     for name in [name for name in stored if EXPERT.match(name)]:
         prefix, index, kind, _ = EXPERT.match(name).groups()  # type: ignore[union-attr]
@@ -200,6 +183,20 @@ def _tensors(place: Path, headers: Mapping[str, Header]) -> dict[str, Tensor]:
     stacked = [(name, _stacked(f"{place}: {name}", found)) for name, found in experts.items()]
     every = [*stored.items(), *stacked]
     return _once(place, (part for name, found in every for part in _reformed(place, name, found).items()))
+
+
+def _scaled_tensors(headers: Mapping[str, Header]) -> dict[str, Tensor]:
+    """As they are stored, but FP8 with its scales as float32."""
+    stored = {name: tensor(name, header) for name, header in headers.items()}
+    for name in [name for name in stored if name.endswith(SCALE)]:
+        weight = name.removesuffix(SCALE)
+        if weight not in stored or headers[weight].dtype != "F8_E4M3":
+            raise CheckpointError(f"{headers[name].file}: {name} scales no FP8 tensor; download the model again.")
+        stored[weight] = _scaled(f"{headers[weight].file}: {weight}", stored[weight], stored.pop(name))
+    bare = [name for name, found in stored.items() if headers[name].dtype == "F8_E4M3" and found.dtype == mx.uint8]
+    if bare:
+        raise CheckpointError(f"{headers[bare[0]].file}: {bare[0]} is FP8 without {SCALE}; download the model again.")
+    return stored
 
 
 def _scaled(name: str, weight: Tensor, scale: Tensor) -> Tensor:

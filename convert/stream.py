@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwen_mlx.convert.source import Tensor
+from qwen_mlx.errors import CheckpointError, ConversionError
 
 BLOCK = 16 << 20  # bytes read at once
 NAMES = {
@@ -73,17 +74,27 @@ def write_file(path: Path, items: Sequence[Item], advance: Callable[[int, int], 
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     header, offsets = _header([output for item in items for output in item.outputs])
-    with unfinished.open("wb") as file:
-        file.write(header)
-        for item in items:
-            for start, stop in _blocks(item.tensor):
-                for output, array in zip(item.outputs, item.make(item.tensor.rows(start, stop)), strict=True):
-                    file.seek(offsets[output.name] + start * (output.nbytes // output.shape[0]))
-                    file.write(_bytes(array.astype(output.dtype)))
-                advance(0, (stop - start) * item.tensor.row_nbytes)
-            advance(1, 0)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with unfinished.open("wb") as file:
+            file.write(header)
+            for item in items:
+                for start, stop in _blocks(item.tensor):
+                    for output, array in zip(item.outputs, item.make(item.tensor.rows(start, stop)), strict=True):
+                        file.seek(offsets[output.name] + start * (output.nbytes // output.shape[0]))
+                        file.write(_bytes(output, array))
+                    advance(0, (stop - start) * item.tensor.row_nbytes)
+                advance(1, 0)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            size = sum(item.nbytes for item in items)
+            raise ConversionError(
+                f"{path} cannot be written ({error.strerror}): it takes {size:,} bytes; make room, and run the same "
+                "command again."
+            ) from None
+        raise
     unfinished.replace(path)
 
 
@@ -109,6 +120,8 @@ def _blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
     return ((start, min(start + rows, tensor.shape[0])) for start in range(0, tensor.shape[0], rows))
 
 
-def _bytes(array: mx.array) -> memoryview:
-    # MLX hands over a transposed array as it lies.
-    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array, order="C").data
+def _bytes(output: Output, array: mx.array) -> memoryview:
+    cast = array.astype(output.dtype)
+    if output.dtype == mx.float16 and not mx.isfinite(cast).all().item():
+        raise CheckpointError(f"{output.name} does not fit float16, whose largest number is 65504; take bfloat16.")
+    return np.array(cast.view(mx.uint16) if cast.dtype == mx.bfloat16 else cast, order="C").data

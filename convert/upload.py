@@ -92,6 +92,20 @@ def _check_verified(folder: Path) -> None:
         raise UploadError(f"{folder} is not verified ({reason}); convert it again with the proof, {anyway}.")
 
 
+def check_access(repo: str) -> str:
+    """The token with which `repo` would be written; contacts nobody.
+
+    Raises `UploadError` where `repo` is no id of a repository, and where there is no token.
+    """
+    from huggingface_hub import get_token
+
+    _check_id(repo)
+    token = get_token()
+    if token is None:
+        raise UploadError(f"There is no token for the hub; run `hf auth login`, or set HF_TOKEN ({TOKENS}).")
+    return token
+
+
 def _check_id(repo: str) -> None:
     # Late: 0.45 s that a refused folder need not pay.
     from huggingface_hub.errors import HFValidationError
@@ -111,15 +125,12 @@ def _check_id(repo: str) -> None:
 
 def _send(folder: Path, files: list[str], repo: str, private: bool) -> str:
     """The address of the repository, once everything is there."""
-    from huggingface_hub import HfApi, errors, get_token
+    from huggingface_hub import HfApi, errors
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    token = get_token()
-    if token is None:
-        raise UploadError(f"There is no token for the hub; run `hf auth login`, or set HF_TOKEN ({TOKENS}).")
-    hub = HfApi(token=token)
+    hub = HfApi(token=check_access(repo))
     try:
         with tempfile.TemporaryDirectory() as stage:
             _stage(folder, files, repo, Path(stage))

@@ -28,10 +28,14 @@ BANDS = (
     (6.0, 0.15, 0.85),
     (5.0, 0.30, 0.75),
     (4.0, 0.80, 0.60),
-    (3.0, 2.00, 0.40),
-    (0.0, 3.00, 0.25),
+    (3.0, 1.00, 0.50),
+    (0.0, 1.50, 0.40),
 )
+LEAST_TOKENS = 100  # predicted ones
 LEAST_OF_DRAFTS = 0.5  # of the agreement that the source's own draft head has
+LEAST_DRAFTS = (
+    0.03  # below it a head is no head: norms of the wrong convention leave some 0 %, foreign text 17 % (demo)
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ def agreement(model: Qwen, head: MTPHead, embedded: Sequence[mx.array], hidden: 
 def objection(proof: Proof, bits_per_weight: float) -> str | None:
     """Why the result cannot be sound, None where it can."""
     found = proof.comparison
+    if found.tokens < LEAST_TOKENS:
+        return f"{found.tokens} predicted tokens are too few to tell, {LEAST_TOKENS} at least are needed"
     most_kl, least_agreement = next((kl, least) for fewest, kl, least in BANDS if bits_per_weight >= fewest)
     if not (found.kl_mean <= most_kl and found.top1_agreement >= least_agreement):
         return (
@@ -88,6 +94,8 @@ def objection(proof: Proof, bits_per_weight: float) -> str | None:
             f"{least_agreement:.0%} are expected, found are {found.kl_mean:.4f} and {found.top1_agreement:.1%}"
         )
     mine, theirs = proof.mtp_agreement, proof.mtp_agreement_source
+    if theirs is not None and theirs < LEAST_DRAFTS:
+        return f"the draft head of the source foretells {theirs:.1%} of the next tokens, as no sound one does"
     if mine is not None and theirs is not None and mine < LEAST_OF_DRAFTS * theirs:
         return f"the draft head foretells {mine:.1%} of the next tokens, that of the source {theirs:.1%}"
     return None

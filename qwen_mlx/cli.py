@@ -141,7 +141,8 @@ class Progress:
         if done == total:
             self.close()
         elif done == 0:
-            self._timer.start()
+            if self._timer.ident is None:  # a slow beginning may be told more than once
+                self._timer.start()
         elif time.monotonic() - self._start >= 1:
             self._say()
 

@@ -1,5 +1,7 @@
 """The exceptions a caller may want to catch. A wrong *argument* is a ValueError; these are about files and requests."""
 
+from typing import Any
+
 
 class QwenMLXError(Exception):
     """Base of everything below: one clear sentence, ready to be shown to a person."""
@@ -17,12 +19,24 @@ class ConversionError(QwenMLXError):
     """A conversion that cannot be made as asked for: the folder is taken, the forms do not fit, the result is bad."""
 
 
+class UnverifiedError(ConversionError):
+    """A conversion was written, and is farther from its source than it should be; `account` has the figures."""
+
+    def __init__(self, message: str, account: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.account = account
+
+
 class TokenizerError(QwenMLXError):
     """The tokenizer's files are missing, broken, or would give wrong token ids."""
 
 
 class PromptError(QwenMLXError):
-    """The prompt cannot be answered: empty, not text, refused by the chat template, or too long."""
+    """The prompt cannot be answered: empty, not text, or refused by the chat template."""
+
+
+class MemoryLimitError(QwenMLXError):
+    """A prompt and its answer would take more memory than the device allows; said before the first token is read."""
 
 
 class UploadError(QwenMLXError):

@@ -63,6 +63,10 @@ def summarize(blocks: Sequence[Scores]) -> Comparison:
         kl_mean=float(kl.mean()),
         kl_p999=float(np.quantile(kl, 0.999)),
         top1_agreement=float(agrees.mean()),
-        perplexity=math.exp(nll.mean()),
-        perplexity_reference=math.exp(nll_reference.mean()),
+        perplexity=_exp(nll.mean()),
+        perplexity_reference=_exp(nll_reference.mean()),
     )
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

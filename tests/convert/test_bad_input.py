@@ -228,7 +228,6 @@ HEADERS: dict[str, Case] = {
     "dtype of another width": (entry(UP, dtype="F32"), (WEIGHTS, UP, "in F32, cannot have 49152 bytes")),
     "dtype nobody knows": (entry(UP, dtype="F6"), (WEIGHTS, UP, "stored as F6")),
     "dtype is no text": (entry(UP, dtype=["BF16"]), (WEIGHTS, UP, "stored as ['BF16']")),
-    "bfloat16 told as float16": (entry(UP, dtype="F16"), (WEIGHTS, OUR_UP, "mixes bfloat16 and float16")),
     "float32 told as integers": (
         entry(LAYER + "linear_attn.A_log", dtype="U32"),
         ("model.layers.1.linear_attn.A_log is stored as", "uint32"),
@@ -305,7 +304,7 @@ TENSORS: dict[str, Case] = {
         weights(put("mtp.norm.weight", mx.ones(128, mx.uint32))), ("MTP head", "norm.weight is stored as", "uint32")
     ),
     "a number alone": (
-        weights(put("model.visual.scale", mx.array(1.0))), (WEIGHTS, "model.visual.scale is a number alone")
+        weights(put("model.visual.scale", mx.array(1.0))), (WEIGHTS, "vision_tower.scale is a number alone")
     ),
     "two conventions": (
         weights(changed(LAYER + "linear_attn.conv1d.weight", lambda a: a.swapaxes(1, 2))),
@@ -313,10 +312,6 @@ TENSORS: dict[str, Case] = {
     ),
     "norms shifted twice": (weights(shifted, mlx_layout), ("norms were shifted", "convert the original release")),
     "gains of another model": (other_gains, (GAINS, "does not belong to the weights beside it: model.")),
-    "vision tensor told as float16": (
-        weights(lambda t: t.update({"visual.a": mx.ones(8, mx.bfloat16), "visual.b": mx.ones(8, mx.float16)})),
-        (WEIGHTS, "mixes bfloat16 and float16", "visual."),
-    ),
     "vision alone": (
         weights(lambda t: t.update({"model.visual.norm.weight": mx.ones(8)}), lambda tensors: {}),
         ("lacks", "model.embed_tokens.weight"),
@@ -343,7 +338,7 @@ QUANTIZED: dict[str, Case] = {
         quantized(changed(f"{Q}.weight", lambda a: a[:, :13])), ("model.layers.1.mlp.up_proj is quantized in a way",)
     ),
     "no columns": (quantized(changed(f"{Q}.scales", lambda a: a[:, :0])), ("model.layers.1.mlp.up_proj",)),
-    "FP8 without a scale": (in_fp8(without(f"{UP}_scale_inv")), (WEIGHTS, OUR_UP, "has no _scale_inv")),
+    "FP8 without a scale": (in_fp8(without(f"{UP}_scale_inv")), (WEIGHTS, OUR_UP, "is FP8 without _scale_inv")),
     "FP8 scale of another shape": (
         in_fp8(put(f"{UP}_scale_inv", mx.ones((9, 9)))), (WEIGHTS, OUR_UP, "128 x 128 block, it has [9, 9]")
     ),

@@ -50,6 +50,7 @@ FACTS = {
     "bits_per_weight": 4.714,
     "bytes": 503_123_456,
     "kept": {"mtp": True, "vision": False},
+    "dropped": ["vision"],
     "verified": True,
     "reason": None,
     "proof": PROOF,

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from qwen_mlx.convert import folder as writing
-from qwen_mlx.convert.folder import Request, finish, write
+from qwen_mlx.convert.folder import Request, check_place, claimed, finish, write
 from qwen_mlx.convert.opened import open_model
 from qwen_mlx.convert.plan import Forms
 from qwen_mlx.convert.recipes import Form
-from qwen_mlx.errors import CheckpointError
+from qwen_mlx.errors import CheckpointError, ConversionError
 from qwen_mlx.load import load_model
 from qwen_mlx.load_mtp import load_mtp
 from tests.golden.checkpoints import VARIANTS
@@ -35,9 +35,10 @@ TOKENS = mx.array([[5, 7, 11, 13, 17, 300, 2, 1]])
 
 def convert(source: Path, mlx_path: Path, forms: Forms = FORMS["float"], **options: Any) -> list[str]:
     request = Request(mlx_path, "bfloat16", forms, {"recipe": None}, **options)
-    _, odd = write(open_model(source), request)
+    account = write(open_model(source), request)
     finish(request)
-    return odd
+    left: list[str] = account["left_float"]
+    return left
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -258,3 +259,47 @@ def test_nothing_appears_when_the_source_is_broken(checkpoint_of: CheckpointOf, 
     with pytest.raises(CheckpointError, match=r"up_proj\.weight holds NaN"):
         convert(source, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "model.partial").exists() or not any((tmp_path / "model.partial").iterdir())
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    request = Request(tmp_path / "model", "bfloat16", FORMS["float"], {})
+    with claimed(request), pytest.raises(ConversionError, match="Another conversion writes to"), claimed(request):
+        pass
+    with claimed(request):  # and not for ever
+        pass
+
+
+def test_nothing_of_the_users_is_touched(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "inner").mkdir(parents=True)
+    (tmp_path / "a.partial").mkdir()
+    (tmp_path / "a.partial/mine").touch()
+    (tmp_path / "b.old").mkdir()
+    (tmp_path / "c").mkdir()
+    for mlx_path, force, said in (
+        (tmp_path / "a", False, "a.partial is no unfinished conversion"),
+        (tmp_path / "b", False, "b.old is in the way"),
+        (tmp_path / "c", False, "c exists already"),
+        (source, True, "is no conversion"),
+        (Path(), True, "has no name of its own"),
+    ):
+        with pytest.raises(ConversionError, match=said):
+            check_place(mlx_path, source / "inner", force=force)
+    (source / "qwen_mlx.json").touch()
+    with pytest.raises(ConversionError, match="lies in"):
+        check_place(source, source / "inner", force=True)
+    (tmp_path / "source.partial").mkdir()
+    with pytest.raises(ConversionError, match="lies in"):
+        check_place(tmp_path / "source", tmp_path / "source.partial", force=True)
+    (tmp_path / "c/qwen_mlx.json").touch()
+    check_place(tmp_path / "c", source, force=True)
+    check_place(tmp_path / "new", source, force=False)
+
+
+def test_a_weight_that_float16_cannot_hold_is_named(checkpoint_of: CheckpointOf, tmp_path: Path) -> None:
+    tensors = released(checkpoint_of("a-r1-d32"))
+    tensors["model.language_model.layers.1.mlp.up_proj.weight"] *= 1e7
+    source = write_layout(tmp_path / "source", checkpoint_of("a-r1-d32"), tensors)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight does not fit float16"):
+        write(open_model(source), Request(tmp_path / "model", "float16", FORMS["float"], {}))

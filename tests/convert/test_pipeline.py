@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, constants
 from qwen_mlx.cli import run
 from qwen_mlx.convert import main, pipeline
 from qwen_mlx.convert.recipes import Form
-from qwen_mlx.errors import CheckpointError, ConversionError, ModelNotFoundError
+from qwen_mlx.errors import CheckpointError, ConversionError, ModelNotFoundError, UnverifiedError
 from qwen_mlx.hub import resolve
 from qwen_mlx.load import load, load_model
 from tests.convert.gguf_files import write as write_gguf
@@ -30,9 +30,11 @@ TOKENS = mx.array([[5, 7, 300, 11]])
 
 @pytest.fixture
 def text(tmp_path: Path) -> str:
+    """Tales that the demo tells, two windows of them."""
+    tales = json.loads((Path(__file__).parents[1] / "golden/demo.json").read_text(encoding="utf-8"))
+    told = " ".join(tales[name]["prompt"] + tales[name]["text"] for name in ("tale", "long_ago"))
     file = tmp_path / "text.txt"
-    tale = json.loads((Path(__file__).parents[1] / "golden/demo.json").read_text(encoding="utf-8"))["tale"]
-    file.write_text(tale["prompt"] + tale["text"], encoding="utf-8")
+    file.write_text(" ".join([told] * 5), encoding="utf-8")
     return str(file)
 
 
@@ -48,8 +50,10 @@ def test_a_quantized_model_with_its_proof_and_card(
     main(["--hf-path", "demo", "--mlx-path", str(folder), "-q", "--text", text])
     found = account(folder)
     assert (found["verified"], found["recipe"], found["kept"]) == (True, "q4", {"mtp": True, "vision": False})
-    assert found["source"] == {"id": "demo", "hub": False, "revision": None, "kind": "released"}
-    assert found["command"] == f"python -m qwen_mlx.convert --hf-path demo --mlx-path {folder} -q --text {text}"
+    origin = {"id": "demo", "hub": False, "revision": None, "kind": "released", "by": None, "verified": None}
+    assert found["source"] == origin
+    assert found["command"] == "python -m qwen_mlx.convert --hf-path demo --recipe q4 --text text.txt"
+    assert str(tmp_path) not in (folder / "README.md").read_text() + (folder / "qwen_mlx.json").read_text()
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization"] == config["quantization_config"]
     card = ModelCard.load(folder / "README.md")
@@ -74,7 +78,8 @@ def test_bits_per_weight_count_every_byte_of_the_text_model(tmp_path: Path) -> N
 def test_a_gguf_file(text: str, tmp_path: Path, checkpoint_of: Callable[[str], Path]) -> None:
     checkpoint = checkpoint_of("b-r2-d64")
     file = write_gguf(tmp_path / "model.gguf", checkpoint, "BF16")
-    main(["--hf-path", str(file), "--mlx-path", str(tmp_path / "model"), "--text", text])
+    # The head of a random checkpoint foretells nothing.
+    main(["--hf-path", str(file), "--mlx-path", str(tmp_path / "model"), "--text", text, "--no-mtp"])
     assert account(tmp_path / "model")["verified"]
     assert account(tmp_path / "model")["source"]["kind"] == "GGUF"  # type: ignore[index]
     ours, theirs = (load_model(f, dtype="float32")(TOKENS) for f in (tmp_path / "model", checkpoint))
@@ -115,6 +120,11 @@ def test_from_the_hub_and_back(hub: Hub, text: str, tmp_path: Path, monkeypatch:
         (["--hf-path", "demo", "-q", "--q-group-size", "48"], "--q-group-size must be one of 32, 64, 128, not 48"),
         (["--hf-path", "demo", "-q", "--q-mode", "mxfp4", "--q-bits", "8"], "mxfp4 has 4 bits in groups of 32"),
         (["--hf-path", "demo", "--recipe", "auto"], "--recipe auto and --target-bits belong together"),
+        (["--hf-path", "demo", "-q", "--q-bits", "0"], "--q-bits must be one of 2, 3, 4, 5, 6, 8, not 0"),
+        (["--hf-path", "demo", "--recipe", "auto", "--target-bits", "nan"], "must be a positive number, not nan"),
+        (["--hf-path", "demo", "--private"], "need --upload-repo"),
+        (["--hf-path", "demo", "--upload-repo", "mine"], "mine is no id of a repository"),
+        (["--hf-path", "demo", "--mlx-path", "", "--force"], "has no name of its own"),
         (["--hf-path", "demo", "--target-bits", "4"], "--recipe auto and --target-bits belong together"),
         (["--hf-path", "demo", "--dwq"], "--dwq needs -q"),
         (["--hf-path", "demo", "--no-verify", "--upload-repo", "a/b"], "needs --allow-unverified"),
@@ -153,7 +163,10 @@ def test_an_existing_folder_is_left_alone_unless_told_otherwise(tmp_path: Path) 
     (folder / "mine").write_text("kept")
     with pytest.raises(ConversionError, match="exists already"):
         pipeline.convert(pipeline.Options("demo", folder, verify=False))
+    with pytest.raises(ConversionError, match="is no conversion"):
+        pipeline.convert(pipeline.Options("demo", folder, verify=False, force=True))
     assert (folder / "mine").read_text() == "kept"
+    (folder / "qwen_mlx.json").write_text("{}")
     pipeline.convert(pipeline.Options("demo", folder, verify=False, force=True))
     assert not (folder / "mine").exists()
     assert load_model(folder)
@@ -168,13 +181,40 @@ def test_a_quantized_source_is_not_quantized_again(tmp_path: Path) -> None:
     assert np.abs(np.array(ours) - np.array(theirs)).max() < 0.2
 
 
+def test_a_refused_result_does_not_take_the_place_of_a_good_one(text: str, tmp_path: Path) -> None:
+    pipeline.convert(pipeline.Options("demo", tmp_path / "model", form=Form(8), text=Path(text)))
+    good = (tmp_path / "model/model.safetensors").read_bytes()
+    bad = pipeline.Options("demo", tmp_path / "model", form=Form(2, 128), text=Path(text), force=True)
+    with pytest.raises(ConversionError, match=r"model\.partial, and .*model is left as it was"):
+        pipeline.convert(bad)
+    assert (tmp_path / "model/model.safetensors").read_bytes() == good
+
+
 def test_a_result_outside_its_band_stays_marked(text: str, tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match=r"marked as unverified: .* 2\.\d+ bits|draft head foretells"):
+    with pytest.raises(UnverifiedError, match=r"(2\.\d+ bits|draft head foretells).*marked as unverified"):
         pipeline.convert(pipeline.Options("demo", tmp_path / "model", form=Form(2, 128), text=Path(text)))
     found = account(tmp_path / "model")
     assert not found["verified"]
     assert found["proof"]["kl_mean"] > 0.5  # type: ignore[index]
     assert "not verified" in (tmp_path / "model/README.md").read_text().lower()
+
+
+def test_what_is_made_of_an_unsound_model_is_not_sound(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UnverifiedError):
+        pipeline.convert(pipeline.Options("demo", tmp_path / "bad", form=Form(2, 128), text=Path(text)))
+    with pytest.raises(UnverifiedError) as refused:
+        pipeline.convert(pipeline.Options(str(tmp_path / "bad"), tmp_path / "copy", text=Path(text)))
+    copy = refused.value.account
+    assert copy["proof"]["kl_mean"] == 0
+    assert (copy["verified"], copy["reason"]) == (False, "it is as its source, which is not verified")
+    assert copy["source"]["id"] == "demo"
+    assert "--q-bits 2" in copy["source"]["by"]
+
+
+def test_a_text_of_a_few_words_proves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("Once upon a time")
+    with pytest.raises(UnverifiedError, match="predicted tokens are too few to tell"):
+        pipeline.convert(pipeline.Options("demo", tmp_path / "model", text=tmp_path / "few.txt"))
 
 
 def test_without_a_tokenizer_it_says_that_it_could_not_verify(tmp_path: Path) -> None:
@@ -204,6 +244,31 @@ def test_bits_by_measurement_keep_to_the_target(text: str, tmp_path: Path) -> No
     config = json.loads((tmp_path / "model/config.json").read_text())
     gates = [form for path, form in config["quantization"].items() if path.endswith(("in_proj_a", "in_proj_b"))]
     assert all(form["bits"] == 8 for form in gates)
+
+
+def test_learned_scales(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[int] = []
+    monkeypatch.setattr(pipeline, "tune", lambda folder, opened, windows, dtype: learned.append(len(windows)))
+    options = pipeline.Options("demo", tmp_path / "model", form=Form(4), dwq=True, text=Path(text))
+    found = pipeline.convert(options)
+    windows = found["proof"]["tokens"] / 511
+    assert found["dwq"]
+    assert found["learned_from"] == found["proof"]["sha256"]
+    assert learned == [1]  # what proves the result was not learned from
+    assert windows <= 1.1
+
+
+def test_the_dtype_is_that_of_what_is_stored(tmp_path: Path) -> None:
+    """config.json may speak of another: mlx-lm's --dtype leaves it as it was."""
+    pipeline.convert(pipeline.Options("demo", tmp_path / "half", dtype="float16", form=Form(8), verify=False))
+    config = json.loads((tmp_path / "half/config.json").read_text())
+    config["text_config"]["dtype"] = "bfloat16"
+    (tmp_path / "half/config.json").write_text(json.dumps(config))
+    pipeline.convert(pipeline.Options(str(tmp_path / "half"), tmp_path / "again", verify=False))
+    one, two = (mx.load(str(tmp_path / name / "model.safetensors")) for name in ("half", "again"))
+    assert isinstance(one, dict)
+    assert isinstance(two, dict)
+    assert all(one[name].dtype == two[name].dtype and mx.array_equal(one[name], two[name]).item() for name in one)
 
 
 def test_odd_group_sizes_are_named_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qwen_mlx.checkpoint import open_checkpoint
+from qwen_mlx.config import read_json
 from qwen_mlx.convert.opened import open_model
 from qwen_mlx.convert.source import Source, open_source
 from qwen_mlx.errors import CheckpointError, ConversionError
@@ -20,6 +21,10 @@ from tests.layouts import Tensors, mlx_layout, released, write
 CheckpointOf = Callable[[str], Path]
 
 
+def source_of(folder: Path) -> Source:
+    return open_source(folder, read_json(folder / "config.json"))
+
+
 def same(a: mx.array, b: mx.array) -> bool:
     return a.shape == b.shape and np.array_equal(np.array(a.astype(mx.float32)), np.array(b.astype(mx.float32)))
 
@@ -27,7 +32,7 @@ def same(a: mx.array, b: mx.array) -> bool:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_text_is_what_loading_reads(variant: str, checkpoint_of: CheckpointOf) -> None:
     folder = checkpoint_of(variant)
-    source, loaded = open_source(folder), open_checkpoint(folder).tensors()
+    source, loaded = source_of(folder), open_checkpoint(folder).tensors()
     assert source.kind == "released"
     assert source.text.keys() == loaded.keys()
     assert all(same(source.text[name].all(), array) for name, array in loaded.items())
@@ -37,13 +42,13 @@ def test_text_is_what_loading_reads(variant: str, checkpoint_of: CheckpointOf) -
 def test_draft_head_is_what_loading_reads(variant: str, checkpoint_of: CheckpointOf) -> None:
     found = find_mtp(checkpoint_of(variant))
     assert found is not None
-    source, loaded = open_source(checkpoint_of(variant)), found.tensors()
+    source, loaded = source_of(checkpoint_of(variant)), found.tensors()
     assert source.mtp.keys() == loaded.keys()
     assert all(same(source.mtp[name].all(), array) for name, array in loaded.items())
 
 
 def test_rows_are_the_part_that_was_asked_for(checkpoint_of: CheckpointOf) -> None:
-    for tensor in open_source(checkpoint_of("d-moe")).text.values():
+    for tensor in source_of(checkpoint_of("d-moe")).text.values():
         middle = tensor.shape[0] // 2
         assert same(tensor.rows(1, middle + 1), tensor.all()[1 : middle + 1])
 
@@ -56,8 +61,8 @@ def test_experts_one_by_one_are_those_in_one_tensor(checkpoint_of: CheckpointOf,
             parts = {"gate_proj": stacked[i, :64], "up_proj": stacked[i, 64:]}
             parts = parts if name.endswith("gate_up_proj") else {"down_proj": stacked[i]}
             tensors |= {f"{prefix}.{i}.{kind}.weight": part for kind, part in parts.items()}
-    apart = open_source(write(tmp_path, checkpoint_of("d-moe"), tensors))
-    whole = open_source(checkpoint_of("d-moe"))
+    apart = source_of(write(tmp_path, checkpoint_of("d-moe"), tensors))
+    whole = source_of(checkpoint_of("d-moe"))
     for ours, theirs in (apart.text, whole.text), (apart.mtp, whole.mtp):
         assert ours.keys() == theirs.keys()
         assert all(same(ours[name].all(), theirs[name].all()) for name in theirs)
@@ -127,7 +132,7 @@ def test_vision_tower_is_in_the_layout_of_mlx(checkpoint_of: CheckpointOf, tmp_p
     for prefix in ("model.visual.", "model.language_model.visual.", "visual."):
         tensors = released(checkpoint_of("a-r1-d32"))
         tensors |= {f"{prefix}patch_embed.proj.weight": patches, f"{prefix}blocks.0.norm1.bias": mx.ones(4)}
-        source = open_source(write(tmp_path, checkpoint_of("a-r1-d32"), tensors))
+        source = source_of(write(tmp_path, checkpoint_of("a-r1-d32"), tensors))
         assert source.vision.keys() == {"vision_tower.patch_embed.proj.weight", "vision_tower.blocks.0.norm1.bias"}
         found = source.vision["vision_tower.patch_embed.proj.weight"]
         assert found.shape == (4, 2, 8, 8, 3)
@@ -175,7 +180,7 @@ def test_companions_are_known(tmp_path: Path, checkpoint_of: CheckpointOf) -> No
     folder = shutil.copytree(checkpoint_of("a-r1-d32"), tmp_path / "model")
     for name in ("tokenizer.json", "LICENSE", "notes.txt"):
         (folder / name).write_text("x")
-    assert open_source(folder).files.keys() == {"generation_config.json", "tokenizer.json", "LICENSE"}
+    assert source_of(folder).files.keys() == {"generation_config.json", "tokenizer.json", "LICENSE"}
 
 
 def broken(change: Callable[[Tensors], object]) -> Callable[[Path, Path], Path]:
@@ -194,7 +199,7 @@ NORM = "model.language_model.layers.1.linear_attn.norm.weight"
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        pytest.param(broken(lambda t: t.pop(UP + "_scale_inv")), "is FP8 and has no", id="no_scale"),
+        pytest.param(broken(lambda t: t.pop(UP + "_scale_inv")), "is FP8 without _scale_inv", id="no_scale"),
         pytest.param(
             broken(lambda t: t.update({UP + "_scale_inv": mx.ones((9, 9))})), "needs a scale", id="scale_shape"
         ),
@@ -216,7 +221,7 @@ def test_rows_with_nan_name_file_and_tensor(
 ) -> None:
     tensors = {name: array.astype(dtype) for name, array in released(checkpoint_of("a-r1-d32")).items()}
     tensors[UP] = mx.where(mx.arange(tensors[UP].size).reshape(tensors[UP].shape) == 777, value, tensors[UP])
-    source: Source = open_source(write(tmp_path, checkpoint_of("a-r1-d32"), tensors))
+    source: Source = source_of(write(tmp_path, checkpoint_of("a-r1-d32"), tensors))
     with pytest.raises(CheckpointError, match=r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
         source.text["model.layers.1.mlp.up_proj.weight"].all()
     assert source.text["model.layers.1.mlp.up_proj.weight"].rows(0, 2).size

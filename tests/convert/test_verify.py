@@ -146,13 +146,19 @@ def test_a_draft_head_put_together_wrongly_is_refused(converted: Callable[[str],
         (16.0, 0.001, 0.8, True),
         (4.5, 0.1, 0.8, False),
         (4.5, float("nan"), 0.8, True),
-        (2.5, 2.0, 0.5, False),
+        (2.5, 1.2, 0.5, False),
+        (2.5, 2.0, 0.5, True),
         (2.5, 3.6, 0.12, True),
     ],
 )
 def test_bands(bits: float, kl: float, agreement: float, refused: bool) -> None:
     found = Proof(Comparison(100, kl, kl, agreement, 9.0, 9.0), None, None)
     assert (objection(found, bits) is not None) is refused
+
+
+def test_a_head_that_foretells_nothing_in_the_source_either_is_refused() -> None:
+    found = Proof(Comparison(100, 0.001, 0.01, 0.99, 9.0, 9.0), 0.008, 0.007)
+    assert "no sound one" in str(objection(found, 16.0))
 
 
 def test_a_source_that_cannot_be_loaded_is_compared_all_the_same(tmp_path: Path) -> None:
