@@ -77,6 +77,12 @@ def test_kl_compares_with_the_reference(four_bits: Path, text: Path, capsys: pyt
     assert capsys.readouterr().out.count("\n") == 6
 
 
+def test_a_text_of_fewer_tokens_than_layers(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Progress begins more than once: no token is through all of the first layers."""
+    main(["--model", "demo", "--text", str(text), "--max-tokens", "5"])
+    assert capsys.readouterr().out.splitlines()[0].split() == ["tokens", "predicted", "4"]
+
+
 def test_windows_and_max_tokens_act(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts = []
     for options in ([], ["--max-tokens", "33"], ["--max-tokens", "33", "--window", "11"]):
