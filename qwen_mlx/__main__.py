@@ -8,6 +8,7 @@ from qwen_mlx.cli import Parser, run
 
 VERBS = {
     "generate": "write a text with a Qwen3.5 model",
+    "info": "tell what a model is, how it would run here, and the memory it takes",
     "perplexity": "measure how well a model predicts a text",
     "bench": "measure what the package is made of",
     "convert": "pull, quantize, prove and publish a checkpoint",

@@ -6,6 +6,7 @@ the tensors themselves.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,23 @@ MODEL_TYPES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """Rotary positions stretched by `factor` beyond those of the training (Peng et al. 2023, arXiv 2309.00071)."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    attention_factor: float  # of the rotated part of queries and of keys
+
+
+@dataclass(frozen=True)
 class RopeParameters:
     rope_theta: float
     partial_rotary_factor: float
     mrope_section: tuple[int, int, int]
+    yarn: Yarn | None = None  # where rope_type says so
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,13 @@ class TextConfig:
     @property
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.rope_parameters.partial_rotary_factor)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the positions are made for; the model cards leave max_position_embeddings where YaRN is added."""
+        yarn = self.rope_parameters.yarn
+        stretched = int(yarn.factor * yarn.original_max_position_embeddings) if yarn else 0
+        return max(self.max_position_embeddings, stretched)
 
 
 @dataclass(frozen=True)
@@ -234,16 +255,47 @@ def _rope_parameters(nested: Mapping[str, Any]) -> RopeParameters:
     rope = _object(nested, "rope_parameters")
     # mlx-lm writes the kind of rotary embedding as `type`.
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; only 'default' is.")
+    if kind not in ("default", "yarn"):
+        raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; only 'default' and 'yarn' are.")
     section = _list(rope, "mrope_section")
     if len(section) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in section):
         raise CheckpointError(f"config.json: mrope_section must be three sizes, it is {section!r}.")
     time, height, width = section
     factor = rope if "partial_rotary_factor" in rope else nested
     return RopeParameters(
-        _positive(rope, "rope_theta"), _positive(factor, "partial_rotary_factor"), (time, height, width)
+        _positive(rope, "rope_theta"),
+        _positive(factor, "partial_rotary_factor"),
+        (time, height, width),
+        _yarn(rope) if kind == "yarn" else None,
     )
+
+
+def _yarn(rope: Mapping[str, Any]) -> Yarn:
+    """The defaults are those of the paper, which transformers takes as well."""
+    given = {name: _positive(rope, name) for name in _YARN_OPTIONS if rope.get(name) is not None}
+    factor, truncate = _positive(rope, "factor"), rope.get("truncate", True)
+    fast, slow = given.get("beta_fast", 32.0), given.get("beta_slow", 1.0)
+    if factor < 1 or fast < slow or _positive(rope, "rope_theta") <= 1:
+        raise CheckpointError(
+            "config.json: YaRN needs a factor of at least 1, beta_fast not below beta_slow and rope_theta above 1; "
+            f"they are {factor:g}, {fast:g}, {slow:g} and {rope['rope_theta']:g}."
+        )
+    if not isinstance(truncate, bool):
+        raise CheckpointError(f"config.json: truncate must be true or false, it is {truncate!r}.")
+    scales = [0.1 * given.get(name, 1.0) * math.log(factor) + 1 for name in ("mscale", "mscale_all_dim")]
+    paired = "mscale" in given and "mscale_all_dim" in given
+    attention = scales[0] / scales[1] if paired else 0.1 * math.log(factor) + 1
+    return Yarn(
+        factor=factor,
+        original_max_position_embeddings=_size(rope, "original_max_position_embeddings"),
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=truncate,
+        attention_factor=given.get("attention_factor", attention),
+    )
+
+
+_YARN_OPTIONS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
 
 
 def _check_agreement(text: TextConfig, nested: Mapping[str, Any]) -> None:

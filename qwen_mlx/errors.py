@@ -35,6 +35,10 @@ class PromptError(QwenMLXError):
     """The prompt cannot be answered: empty, not text, or refused by the chat template."""
 
 
+class PromptCacheError(QwenMLXError):
+    """A prompt file cannot be written or read: no access, damaged, or made with another model, tokenizer or template."""
+
+
 class MemoryLimitError(QwenMLXError):
     """A prompt and its answer would take more memory than the device allows; said before the first token is read."""
 

@@ -17,21 +17,26 @@ if __name__ == "__main__":  # before the imports, which take a while: Ctrl-C amo
 
 import argparse
 import json
+import math
 import operator
 import reprlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import mlx.core as mx
 
+from qwen_mlx.cache.quantized_kv import BITS, quantized
 from qwen_mlx.chat.template import render
 from qwen_mlx.cli import Parser, Progress, positive, read_prompt
+from qwen_mlx.config import TextConfig
 from qwen_mlx.decoding.autoregressive import decode
 from qwen_mlx.decoding.memory import device_limits
 from qwen_mlx.decoding.prefill import prefill
+from qwen_mlx.decoding.preflight import STEP_SIZES, check_memory
 from qwen_mlx.decoding.sampling import Sampler, SamplingParams, default_params
 from qwen_mlx.decoding.stop import StopStrings
 from qwen_mlx.errors import CheckpointError, PromptError, TokenizerError
@@ -41,7 +46,6 @@ from qwen_mlx.model.qwen import Qwen
 from qwen_mlx.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-PREFILL_STEP = 512  # tokens: as fast as 2,048 and lighter on memory
 
 
 @dataclass
@@ -68,7 +72,9 @@ def stream_generate(
     params: SamplingParams | None = None,
     *,
     thinking: bool | None = None,
-    prefill_step_size: int = PREFILL_STEP,
+    prefill_step_size: int | None = None,
+    kv_bits: int | None = None,
+    force: bool = False,
     progress: Callable[[int, int], None] | None = None,
     **sampling: Any,
 ) -> Iterator[GenerationResponse]:
@@ -76,33 +82,41 @@ def stream_generate(
 
     `params` default to the checkpoint's recommendation; single fields may be given by keyword (`temperature=0.7`).
     `thinking` switches the template's thinking on or off; None leaves it as the checkpoint has it.
-    `progress(done, total)` follows the prompt. The texts of all responses make up the answer.
+    `progress(done, total)` follows the prompt, which is read `prefill_step_size` tokens at a time, None leaving that to
+    the memory there is. `kv_bits` (4 or 8) quantizes keys and values, those of the full-attention layers alone; on
+    Metal a token is then not decoded through the compiled graph. The texts of all responses make up the answer.
 
-    Raises PromptError for a prompt that is empty, too long, not Unicode, of messages without role or content, or
-    refused by the template, CheckpointError for weights that are not numbers, TokenizerError for a tokenizer of another
-    model, ValueError for a parameter out of range, `thinking` without messages or one that is no bool, TypeError for a
-    prompt of another kind and for an unknown keyword.
+    A prompt of more tokens than the model's positions were made for is answered, with a warning; what bounds it is
+    memory: MemoryLimitError where a count from the model's sizes says that both do not fit, unless `force`.
+
+    Raises PromptError for a prompt that is empty, not Unicode, of messages without role or content, or refused by the
+    template, CheckpointError for weights that are not numbers and for heads that cannot be quantized, TokenizerError
+    for a tokenizer of another model, ValueError for a parameter out of range, `thinking` without messages or one that
+    is no bool, TypeError for a prompt of another kind and for an unknown keyword.
     """
     known = [field.name for field in fields(SamplingParams)]
     if unknown := next((name for name in sampling if name not in known), None):
         raise TypeError(f"There is no option {unknown}; those of sampling are {', '.join(known)}.")
     start = first = time.perf_counter()
     tokens = _prompt_tokens(tokenizer, prompt, thinking)
-    room = model.config.text.max_position_embeddings - len(tokens)
-    _check(model, tokenizer, tokens, room)
+    _check(model, tokenizer, tokens)
+    room = _room(model.config.text, len(tokens))
     is_thinking = tokenizer.decode(tokens[-4:]).rstrip().endswith("<think>")
     params = replace(params or recommended_params(model, thinking=is_thinking), **sampling)
     sampler = Sampler(params, tokens, vocab_size=model.config.text.vocab_size, num_real_tokens=tokenizer.vocab_size)
+    count = params.max_tokens if room is None else min(params.max_tokens, room)
+    plan = check_memory(model, len(tokens), count, step_size=prefill_step_size, kv_bits=kv_bits, force=force)
     with device_limits():
         mx.reset_peak_memory()
         cache = model.make_cache()
-        logits = prefill(model, tokens, cache, step_size=prefill_step_size, progress=progress)
+        if kv_bits is not None:
+            cache = quantized(cache, kv_bits, model.config.text.head_dim)
+        logits = prefill(model, tokens, cache, step_size=plan.step_size, progress=progress)
         if not mx.isfinite(logits).all().item():
             broken = ", ".join(weights_with_nan(model)[:4]) or "the activations overflow; try dtype bfloat16 or float32"
             raise CheckpointError(f"The model's logits are not numbers: {broken}.")
         eos = {*model.config.eos_token_ids, tokenizer.eos_token_id}
         detokenizer, stops = tokenizer.detokenizer(skip_special_tokens=True), StopStrings(params.stop)
-        count = min(params.max_tokens, room)
         for n, (token, row) in enumerate(decode(model, logits, cache, sampler, count=count), start=1):
             now = time.perf_counter()
             if n == 1:
@@ -139,9 +153,12 @@ def generate(
 
 def recommended_params(model: Qwen, *, thinking: bool) -> SamplingParams:
     """What the checkpoint's generation_config.json asks for, else the model card of its size and mode."""
-    text = model.config.text
-    is_small = text.moe is None and text.hidden_size <= 2048  # 0.8B and 2B have their own rows on the card
-    return default_params(model.config.generation, is_small=is_small, thinking=thinking)
+    return default_params(model.config.generation, is_small=is_small(model.config.text), thinking=thinking)
+
+
+def is_small(config: TextConfig) -> bool:
+    """Whether the model is of the sizes, 0.8B and 2B, that have rows of their own on the model card."""
+    return config.moe is None and config.hidden_size <= 2048
 
 
 def _prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, thinking: bool | None) -> list[int]:
@@ -163,14 +180,26 @@ def _token_ids(prompt: Any) -> list[int]:
     raise TypeError(f"prompt must be text, a list of token ids or a list of messages, not {reprlib.repr(prompt)}.")
 
 
-def _check(model: Qwen, tokenizer: Tokenizer, tokens: list[int], room: int) -> None:
+def _room(config: TextConfig, prompt: int) -> int | None:
+    """Tokens that an answer may have before the positions end; None, with a warning, where the prompt goes beyond."""
+    length = config.context_length
+    if prompt < length:
+        return length - prompt
+    yarn = config.rope_parameters.yarn
+    native = yarn.original_max_position_embeddings if yarn else length
+    warnings.warn(
+        f"The prompt has {prompt} tokens, and the model was made for {length}, the answer included: beyond that it may "
+        f'be poor. Shorten the prompt, or give rope_parameters in config.json "rope_type": "yarn", "factor": '
+        f'{math.ceil((prompt + 1) / native)}.0, "original_max_position_embeddings": {native}.',
+        stacklevel=3,
+    )
+    return None
+
+
+def _check(model: Qwen, tokenizer: Tokenizer, tokens: list[int]) -> None:
     config = model.config.text
     if not tokens:
         raise PromptError("The prompt is empty; give at least one word.")
-    if room < 1:
-        raise PromptError(
-            f"The prompt has {len(tokens)} tokens; the model takes {config.max_position_embeddings - 1} at most."
-        )
     if tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model only {config.vocab_size}: "
@@ -205,7 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if tokenizer.chat_template is None and not args.raw:
             raise PromptError("The model has no chat template; give --raw to continue the prompt as it stands.")
         with Progress("Prompt") as progress:
-            options = {"prefill_step_size": args.prefill_step_size, "progress": progress.update, "thinking": thinking}
+            options = {name: getattr(args, name) for name in ("prefill_step_size", "kv_bits", "force")}
+            options |= {"progress": progress.update, "thinking": thinking}
             for last in stream_generate(model, tokenizer, prompt if args.raw else messages, **options, **given):
                 pieces.append(last.text)
                 if not args.json:
@@ -241,7 +271,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="the same seed gives the same text")
     add("--stop", action="append", help="end before this text; may be given several times")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the activations")
-    add("--prefill-step-size", type=positive, default=PREFILL_STEP, help=f"tokens at a time (default: {PREFILL_STEP})")
+    steps = ", ".join(map(str, STEP_SIZES))
+    add("--prefill-step-size", type=positive, help=f"tokens read at a time (default: of {steps} the first that fits)")
+    add(
+        "--kv-bits",
+        type=int,
+        choices=BITS,
+        help="bits of keys and values, in the full-attention layers only; on Metal "
+        "each token is then a graph built anew (default: as computed)",
+    )
+    add("--force", action="store_true", help="try a prompt that memory, by the count of its bytes, has no room for")
     add("--json", action="store_true", help="print one JSON object at the end instead of the text")
     add("--verbose", action="store_true", help="say on stderr how long it took")
     return parser

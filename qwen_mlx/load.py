@@ -55,11 +55,12 @@ def load_model(folder: Path, *, dtype: str = "auto") -> Qwen:
     check_tensors(folder, model, tensors)
     model.dtype = _choose_dtype(folder, dtype, tensors)
     set_weights(model, tensors, model.dtype)
-    check_kernels(*_sizes(config.text, model.dtype))
+    check_kernels(*kernel_sizes(config.text, model.dtype))
     return model
 
 
-def _sizes(config: TextConfig, dtype: mx.Dtype) -> tuple[Sizes, AttentionSizes]:
+def kernel_sizes(config: TextConfig, dtype: mx.Dtype) -> tuple[Sizes, AttentionSizes]:
+    """Those that decide which kernels serve: of Gated DeltaNet layers, and of full attention."""
     linear = Sizes(
         config.linear_num_key_heads,
         config.linear_num_value_heads,

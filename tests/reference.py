@@ -107,8 +107,7 @@ def qk_norm_rope(q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms, offset
 
     Angles alone are float32: position times frequency, as in the model.
     """
-    Dh, R = k.shape[-1], norms.rotary_dim
-    frequencies = np.array([norms.base ** (-2 * j / R) for j in range(R // 2)]).astype(np.float32)
+    Dh, R, frequencies = k.shape[-1], norms.rotary_dim, np.array(norms.frequencies)
     positions = np.arange(offset, offset + k.shape[1]).astype(np.float32)
     angles = (positions[:, None] * frequencies).astype(np.float64)[:, None]
     heads = []

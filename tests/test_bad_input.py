@@ -168,7 +168,7 @@ REQUESTS: dict[str, tuple[list[str], dict[str, Any], type[Exception], str]] = {
     "prefill_step_zero": (["--prefill-step-size", "0"], {"prefill_step_size": 0}, ValueError, "step"),
     "empty_prompt": (["--prompt", ""], {"prompt": ""}, PromptError, "empty"),
     "prompt_not_unicode": (["--prompt", "a\udcff"], {"prompt": "a\udcff"}, PromptError, "Unicode"),
-    "prompt_too_long": (["--raw", "--prompt", "a " * 5000], {"prompt": "a " * 5000}, PromptError, "at most"),
+    "kv_bits_unknown": (["--kv-bits", "3"], {"kv_bits": 3}, ValueError, "kv"),
 }
 
 COMMAND_LINES: dict[str, tuple[list[str], str]] = {

@@ -330,6 +330,8 @@ FLAGS: dict[str, tuple[list[str], str, str, Any]] = {
     "--seed": (["9"], "stream", "seed", 9),
     "--stop": (["a", "--stop", "b"], "stream", "stop", ["a", "b"]),
     "--prefill-step-size": (["64"], "stream", "prefill_step_size", 64),
+    "--kv-bits": (["8"], "stream", "kv_bits", 8),
+    "--force": ([], "stream", "force", True),
 }
 
 
@@ -354,7 +356,7 @@ def test_thinking_has_three_settings(recorded: SimpleNamespace, word: str, value
 
 def test_what_is_not_asked_for_is_left_to_the_checkpoint(recorded: SimpleNamespace) -> None:
     run(lambda: COMMAND.main(["--prompt", START]))
-    assert recorded.stream.keys() == {"prompt", "thinking", "prefill_step_size", "progress"}
+    assert recorded.stream.keys() == {"prompt", "thinking", "prefill_step_size", "kv_bits", "force", "progress"}
 
 
 def test_the_default_model_is_the_smallest_release(recorded: SimpleNamespace) -> None:

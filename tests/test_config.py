@@ -55,6 +55,11 @@ def rope(**values: Any) -> Change:
     return lambda raw: raw["text_config"]["rope_parameters"].update(values)
 
 
+def yarn(**values: Any) -> Change:
+    """The scaling of the model cards, but for `values`."""
+    return rope(**{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, **values})
+
+
 def without_rope(name: str) -> Change:
     def remove(raw: dict[str, Any]) -> None:
         raw["text_config"].pop(name, None)
@@ -264,7 +269,15 @@ def test_no_default_stands_in_for_a_missing_rotary_value(name: str, tmp_path: Pa
         (DENSE, text(attn_output_gate=False), "attn_output_gate False is not supported; Qwen3.5 has True"),
         (DENSE, text(hidden_act="gelu"), "hidden_act 'gelu' is not supported; Qwen3.5 has 'silu'"),
         (DENSE, text(rope_parameters=[1]), "rope_parameters must be an object, it is [1]"),
-        (DENSE, rope(rope_type="yarn", factor=4), "rope_type 'yarn' is not supported; only 'default' is"),
+        (DENSE, rope(rope_type="linear", factor=4), "rope_type 'linear' is not supported; only 'default' and 'yarn'"),
+        (DENSE, rope(rope_type="yarn", factor=4), "lacks original_max_position_embeddings"),
+        (DENSE, yarn(factor=None), "lacks factor"),
+        (DENSE, yarn(factor=0.5), "YaRN needs a factor of at least 1"),
+        (DENSE, yarn(factor="4"), "factor must be a positive number, it is '4'"),
+        (DENSE, yarn(beta_fast=1, beta_slow=2), "they are 4, 1, 2 and 1e+07"),
+        (DENSE, yarn(rope_theta=1), "rope_theta above 1"),
+        (DENSE, yarn(attention_factor=0), "attention_factor must be a positive number, it is 0"),
+        (DENSE, yarn(truncate="no"), "truncate must be true or false, it is 'no'"),
         (DENSE, rope(rope_theta=-1), "rope_theta must be a positive number, it is -1"),
         (DENSE, rope(mrope_section=[3, 3]), "mrope_section must be three sizes, it is [3, 3]"),
         (DENSE, rope(mrope_section=[3, 6, -1]), "mrope_section must be three sizes, it is [3, 6, -1]"),

@@ -13,7 +13,7 @@ import pytest
 from qwen_mlx import SamplingParams, generate, load, stream_generate
 from qwen_mlx.cache.sequence import SequenceCache
 from qwen_mlx.chat.template import render
-from qwen_mlx.config import ModelConfig, MoeConfig
+from qwen_mlx.config import ModelConfig, MoeConfig, Yarn
 from qwen_mlx.decoding.sampling import Sampler
 from qwen_mlx.errors import CheckpointError, PromptError, TokenizerError
 from qwen_mlx.generate import GenerationResponse, recommended_params
@@ -44,12 +44,16 @@ class ScriptedModel:
 
     def __init__(self, reply: Sequence[int], config: ModelConfig = MODEL.config, *, height: float = 30.0) -> None:
         self.config = config
+        self.dtype = mx.float32
         self.prompt: list[int] = []
         self._reply = iter([*reply, *[TOKENIZER.eos_token_id] * 99])
         self._height = height
 
     def make_cache(self) -> SequenceCache:
         return SequenceCache([])
+
+    def parameters(self) -> dict[str, mx.array]:
+        return {}
 
     def embed(self, tokens: mx.array) -> mx.array:
         self.prompt += np.array(tokens)[0].tolist()
@@ -400,10 +404,20 @@ def test_an_empty_prompt_is_refused(prompt: Any) -> None:
 
 
 @pytest.mark.parametrize("places", [1, 3, 4])
-def test_a_prompt_without_room_for_a_reply_is_refused(places: int) -> None:
-    model: Any = ScriptedModel([], config_with(max_position_embeddings=places))
-    with pytest.raises(PromptError, match=f"4 tokens; the model takes {places - 1} at most"):
-        generate(model, TOKENIZER, [1, 2, 3, 4])
+def test_a_prompt_beyond_the_positions_is_answered_with_one_warning_that_names_the_remedy(places: int) -> None:
+    model: Any = ScriptedModel(TOKENIZER.encode("a " * 50), config_with(max_position_embeddings=places))
+    with pytest.warns(UserWarning, match=f'4 tokens, .* made for {places}, .*"yarn", "factor": .*: {places}') as said:
+        responses = list(stream_generate(model, TOKENIZER, [1, 2, 3, 4], max_tokens=5))
+    assert (len(said), len(responses), said[0].filename) == (1, 5, __file__)
+
+
+def test_yarn_makes_room(recwarn: pytest.WarningsRecorder) -> None:
+    yarn = Yarn(2.0, 4, 32.0, 1.0, True, 1.0)
+    text = MODEL.config.text
+    config = config_with(max_position_embeddings=4, rope_parameters=replace(text.rope_parameters, yarn=yarn))
+    model: Any = ScriptedModel(TOKENIZER.encode("a " * 50), config)
+    assert len(list(stream_generate(model, TOKENIZER, [1, 2, 3, 4]))) == 4
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("wrong", [-1, 2**40, MODEL.config.text.vocab_size])
@@ -491,7 +505,7 @@ def test_a_bias_on_a_token_that_does_not_exist_is_refused_before_the_prompt_is_r
     assert model.prompt == []
 
 
-@pytest.mark.parametrize("name", ["temp", "max_kv_size", "kv_bits", "draft_model"])
+@pytest.mark.parametrize("name", ["temp", "max_kv_size", "kv_group_size", "draft_model"])
 def test_an_unknown_keyword_is_refused(name: str) -> None:
     with pytest.raises(TypeError, match=f"There is no option {name}; those of sampling are temperature, top_p"):
         generate(MODEL, TOKENIZER, START, **{name: 1})

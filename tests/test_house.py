@@ -29,7 +29,7 @@ ORDER = [
     ["generate", "evaluation"],
     ["__init__"],
     ["server", "bench", "perplexity", "convert", "demo"],
-    ["upload"],
+    ["upload", "info"],
     ["__main__"],
 ]
 LINE = {part: number for number, line in enumerate(ORDER) for part in line}

@@ -36,6 +36,7 @@ from qwen_mlx.kernels.gated_delta_step import STEP, StepWeights, gated_delta_ste
 from qwen_mlx.kernels.qk_norm_rope import QK_NORM_ROPE, heads_fit, naive_qk_norm_rope, qk_norm_rope
 from qwen_mlx.kernels.random_inputs import (
     EPS,
+    THETA,
     AttentionSizes,
     Sizes,
     random_columns,
@@ -204,7 +205,7 @@ def heads(sizes: AttentionSizes, tokens: int) -> Problem:
 
     def turned(x: mx.array, gain: mx.array) -> mx.array:
         normed = mx.fast.rms_norm(x, gain, norms.eps).astype(x.dtype).transpose(0, 2, 1, 3)
-        return mx.fast.rope(normed, norms.rotary_dim, traditional=False, base=norms.base, scale=1.0, offset=offset)
+        return mx.fast.rope(normed, norms.rotary_dim, traditional=False, base=THETA, scale=1.0, offset=offset)
 
     def apart(q: mx.array, k: mx.array, v: mx.array, *_: Any) -> Sequence[mx.array]:
         queries, keys = turned(q[..., : sizes.head_dim], norms.q_gain), turned(k, norms.k_gain)

@@ -5,11 +5,10 @@ A bound, not a measurement: each byte once, whatever an engine does. Images and 
 
 from dataclasses import dataclass
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from qwen_mlx.bench.chips import Chip
-from qwen_mlx.config import FULL
+from qwen_mlx.cache.sizes import kv_bytes_per_token, state_bytes
 from qwen_mlx.load import parameters
 from qwen_mlx.model.qwen import Qwen
 
@@ -33,7 +32,10 @@ class StepBytes:
 
 def step_bytes(model: Qwen, context: float) -> StepBytes:
     """Of the step that draws a token with `context` tokens in the cache, its own input included."""
-    return StepBytes(_weights(model), round(_kv_bytes_a_token(model) * context), _states(model))
+    text = model.config.text
+    return StepBytes(
+        _weights(model), round(kv_bytes_per_token(text, model.dtype) * context), 2 * state_bytes(text, model.dtype)
+    )
 
 
 def mean_context(prompt_tokens: int, generated_tokens: int) -> float:
@@ -53,22 +55,6 @@ def _weights(model: Qwen) -> int:
         else:
             total += array.nbytes
     return total
-
-
-def _kv_bytes_a_token(model: Qwen) -> int:
-    config = model.config.text
-    layers = config.layer_types.count(FULL)
-    return layers * 2 * config.num_key_value_heads * config.head_dim * model.dtype.size
-
-
-def _states(model: Qwen) -> int:
-    config = model.config.text
-    keys = config.linear_num_key_heads * config.linear_key_head_dim
-    values = config.linear_num_value_heads * config.linear_value_head_dim
-    conv_state = (config.linear_conv_kernel_dim - 1) * (2 * keys + values) * model.dtype.size
-    recurrent_state = values * config.linear_key_head_dim * mx.float32.size
-    layers = len(config.layer_types) - config.layer_types.count(FULL)
-    return layers * 2 * (conv_state + recurrent_state)
 
 
 def quantization(model: nn.Module) -> str:

@@ -16,8 +16,8 @@ import mlx.nn as nn
 from qwen_mlx.decoding.autoregressive import decode
 from qwen_mlx.decoding.memory import device_limits
 from qwen_mlx.decoding.prefill import prefill
+from qwen_mlx.decoding.preflight import STEP_SIZES
 from qwen_mlx.decoding.sampling import Sampler, SamplingParams
-from qwen_mlx.generate import PREFILL_STEP
 from qwen_mlx.load import parameters
 from qwen_mlx.model.qwen import Qwen
 
@@ -52,7 +52,7 @@ class Ours:
         sampler = Sampler(SamplingParams(), prompt, vocab_size=vocab_size, num_real_tokens=self.num_real_tokens)
         cache = self.model.make_cache()
         with device_limits():
-            logits = prefill(self.model, prompt, cache, step_size=PREFILL_STEP)
+            logits = prefill(self.model, prompt, cache, step_size=STEP_SIZES[0])
             # mlx-lm begins a step beyond the last token as well.
             yield from islice(decode(self.model, logits, cache, sampler, count=count + 1), count)
 

@@ -6,7 +6,7 @@ that attention reads without a copy; `slab[0]` alone would gather one.
 
 import mlx.core as mx
 
-SLAB = 256  # tokens: a slab grows by so many at a time, and not with every token
+SLAB = 256  # tokens: a slab grows by so many at a time, or by an eighth, and not with every token
 
 
 class KVCache:
@@ -19,10 +19,11 @@ class KVCache:
     def update(self, keys_values: mx.array) -> tuple[mx.array, mx.array]:
         """Append `keys_values` [2, B, Hkv, T, Dh]; returns all keys and values held, [B, Hkv, offset, Dh] each."""
         start, end = self.offset, self.offset + keys_values.shape[3]
-        self.slab = _with_room(self.slab, keys_values, start, end)
-        self.slab[:, :, :, start:end] = keys_values
-        self.offset = end
-        return self.slab[0, :, :, :end], self.slab[1, :, :, :end]
+        # Of a snapshot's slab the write makes a copy, since two refer to it, and leaves the snapshot's object alone.
+        slab = _with_room(self.slab, keys_values, start, end)[...]
+        slab[:, :, :, start:end] = keys_values
+        self.slab, self.offset = slab, end
+        return slab[0, :, :, :end], slab[1, :, :, :end]
 
     def make_room(self) -> None:
         """Let the slab, which holds something already, take one more token."""
@@ -30,12 +31,10 @@ class KVCache:
             self.slab = _with_room(self.slab, self.slab, self.offset, self.offset + 1)
 
     def snapshot(self) -> tuple[mx.array | None, int]:
-        # A second reference to a slab makes the next write copy it, so what a snapshot holds is never written over.
-        return _reference(self.slab), self.offset
+        return self.slab, self.offset
 
     def restore(self, snapshot: tuple[mx.array | None, int]) -> None:
-        slab, self.offset = snapshot
-        self.slab = _reference(slab)
+        self.slab, self.offset = snapshot
 
     @property
     def keys(self) -> mx.array | None:
@@ -68,14 +67,19 @@ class TracedKVCache:
         return [self.slab]
 
 
+def grown(start: int, end: int) -> int:
+    """Tokens that a slab of `start` has room for when it grows to hold `end`.
+
+    By an eighth at least: the copies of a long sequence, of which each is larger than the last, then add up to nine
+    times its length, whatever that is, and a compiled step meets few lengths.
+    """
+    return -(-max(end, start + start // 8) // SLAB) * SLAB
+
+
 def _with_room(slab: mx.array | None, like: mx.array, start: int, end: int) -> mx.array:
-    """`slab`, of which `start` tokens are filled, or one that is longer by steps of SLAB if `end` lies beyond it."""
+    """`slab`, of which `start` tokens are filled, or one that has `grown` if `end` lies beyond it."""
     if slab is not None and end <= slab.shape[3]:
         return slab
     _, B, H, _, D = like.shape
-    room = mx.zeros((2, B, H, -(-end // SLAB) * SLAB - start, D), like.dtype)
+    room = mx.zeros((2, B, H, grown(start, end) - start, D), like.dtype)
     return room if slab is None else mx.concatenate([slab[:, :, :, :start], room], axis=3)
-
-
-def _reference(slab: mx.array | None) -> mx.array | None:
-    return None if slab is None else slab[...]

@@ -1,4 +1,7 @@
-"""The caches of all layers, as one thing that can be put aside and brought back."""
+"""The caches of all layers, as one thing that can be put aside, brought back and taken back by some tokens.
+
+A place in the sequence is known from here alone: no layer of a model remembers one.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +10,18 @@ from typing import Any
 import mlx.core as mx
 
 from qwen_mlx.cache.kv import KVCache
-from qwen_mlx.cache.recurrent import RecurrentCache
+from qwen_mlx.cache.recurrent import RecurrentCache, States
+
+CHECKPOINTS = 4
+"""How many a cache keeps. One is as large as the states of all recurrent layers: 18.6 MiB for the 0.8B."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The states of the recurrent layers after `offset` tokens. Keys and values of these are still in the cache."""
+
+    offset: int
+    states: tuple[States, ...]
 
 
 @dataclass(frozen=True)
@@ -16,23 +30,36 @@ class Snapshot:
 
     layers: tuple[Any, ...]
     left_padding: mx.array | None
+    checkpoints: tuple[Checkpoint, ...]
+    form: tuple[str, ...]
 
 
 class SequenceCache:
-    """One cache for each layer. `left_padding` [B]: padding tokens in front of each row, None without padding."""
+    """One cache for each layer. `left_padding` [B]: padding tokens in front of each row, None without padding.
 
-    def __init__(self, layers: Sequence[KVCache | RecurrentCache], left_padding: mx.array | None = None) -> None:
+    `sizes` says for each layer, in words, of which size a row of it is: what tells the caches of two models apart.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[KVCache | RecurrentCache],
+        left_padding: mx.array | None = None,
+        sizes: Sequence[str] = (),
+    ) -> None:
         self.layers = list(layers)
         self.left_padding = left_padding
+        names = [type(layer).__name__ for layer in self.layers]
+        self._form = tuple(map(" of ".join, zip(names, sizes, strict=True)) if sizes else names)
+        self._checkpoints: tuple[Checkpoint, ...] = ()
 
     @property
     def offset(self) -> int:
         """Tokens taken in so far, padding included."""
-        return next(layer.offset for layer in self.layers if isinstance(layer, KVCache))
+        return next(layer.offset for layer in self.layers if not isinstance(layer, RecurrentCache))
 
     @property
     def arrays(self) -> list[mx.array]:
-        """Everything held, for `mx.eval`."""
+        """Everything that the next token reads, for `mx.eval`."""
         return [array for layer in self.layers for array in layer.arrays]
 
     def make_room(self) -> None:
@@ -48,18 +75,101 @@ class SequenceCache:
             if isinstance(layer, KVCache):
                 layer.slab, layer.offset = next(rest), layer.offset + 1
             else:
-                layer.conv_state, layer.recurrent_state = next(rest), next(rest)
+                layer.update(next(rest), next(rest), 1)
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
+        """Bytes of all that this cache keeps alive, what serves to go back included; what is shared counts once."""
+        held = [*self.arrays, *(array for layer in self._recurrent for array in layer.past)]
+        for point in self._checkpoints:
+            held += [array for states in point.states for array in states if array is not None]
+        held += [] if self.left_padding is None else [self.left_padding]
+        return sum({id(array): array.nbytes for array in held}.values())
+
+    def can_rewind(self, n: int) -> bool:
+        """Whether `rewind(n)` takes back the last n tokens. Raises ValueError where there are no such tokens.
+
+        It can for none; for all tokens of the last update, one or many; and for a part of them if these are not more
+        than the tape holds (`SCAN_TOKENS`). After a part, what is left of the update counts as the last one; after
+        all, or after `restore`, none is known any more. Without recurrent layers it always can.
+        """
+        if n < 0:
+            raise ValueError(f"Cannot take back {n} tokens: the number must be 0 or more.")
+        if n > self.offset:
+            raise ValueError(f"Cannot take back {n} tokens: the cache holds {self.offset}.")
+        return all(layer.can_rewind(n) for layer in self._recurrent)
+
+    def rewind(self, n: int) -> None:
+        """Take back the last n tokens, of every row of a batch.
+
+        Keys and values go by the offset, the window of the convolution by slicing, the recurrent state by replaying
+        the tape of the last update from the state before it. Taking back a whole update brings back the very arrays
+        that were there. A part of it ends, bit for bit, in the states of an update by the kept tokens alone that
+        computes as this one did, token by token; tokens fed one at a time may have gone through another kernel, which
+        rounds differently.
+
+        Raises ValueError for n below 0, beyond the start, or not of the last update (`can_rewind`), and then changes
+        nothing; `qwen_mlx.decoding.rewind` goes any way back.
+        """
+        if not self.can_rewind(n):
+            raise ValueError(
+                f"Cannot take back {n} tokens: {self._recurrent[0].reach}. "
+                "Restore a snapshot, or let qwen_mlx.decoding.rewind compute anew what lies between."
+            )
+        for layer in self.layers:
+            if isinstance(layer, RecurrentCache):
+                layer.rewind(n)
+            else:
+                layer.offset -= n  # what lies behind it is not seen, and will be written over
+        self._drop_checkpoints()
+
+    def checkpoint(self) -> None:
+        """Remember the recurrent states of this place, for `back_to_checkpoint`; the CHECKPOINTS newest are kept."""
+        point = Checkpoint(self.offset, tuple(layer.snapshot() for layer in self._recurrent))
+        others = [other for other in self._checkpoints if other.offset < point.offset]
+        self._checkpoints = (*others, point)[-CHECKPOINTS:]
+
+    def back_to_checkpoint(self, offset: int) -> None:
+        """Be what this cache was at its last checkpoint at or before `offset`; without one it is empty again."""
+        empty = Checkpoint(0, ((None, None),) * len(self._recurrent))
+        point = max((p for p in (empty, *self._checkpoints) if p.offset <= offset), key=lambda p: p.offset)
+        for recurrent, states in zip(self._recurrent, point.states, strict=True):
+            recurrent.restore(states)
+        for layer in self.layers:
+            if not isinstance(layer, RecurrentCache):
+                layer.offset = point.offset
+        self._drop_checkpoints()
 
     def snapshot(self) -> Snapshot:
-        """The state now. Nothing is copied yet; the next token copies keys and values once, not writing in place."""
-        return Snapshot(tuple(layer.snapshot() for layer in self.layers), self.left_padding)
+        """The state now. Nothing is copied yet; the next token copies keys and values once, not writing in place.
+
+        The way back over the last update is no part of it, checkpoints are.
+        """
+        layers = tuple(layer.snapshot() for layer in self.layers)
+        return Snapshot(layers, self.left_padding, self._checkpoints, self._form)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Be again what this cache was when `snapshot` was taken."""
+        """Be again what this cache was when `snapshot` was taken.
+
+        Raises ValueError for the snapshot of a model of other layers, shapes or dtype, and then changes nothing. Of
+        two models that are alike in all of these it cannot tell one from the other.
+        """
+        ours, theirs = self._form, snapshot.form
+        if len(ours) != len(theirs):
+            raise ValueError(f"The snapshot is of another model: it has {len(theirs)} layers, this cache {len(ours)}.")
+        for place, (mine, other) in enumerate(zip(ours, theirs)):
+            if mine != other:
+                raise ValueError(
+                    f"The snapshot is of another model: its layer {place} holds {other}, that of this cache {mine}."
+                )
         for layer, state in zip(self.layers, snapshot.layers, strict=True):
             layer.restore(state)
-        self.left_padding = snapshot.left_padding
+        self.left_padding, self._checkpoints = snapshot.left_padding, snapshot.checkpoints
+
+    @property
+    def _recurrent(self) -> list[RecurrentCache]:
+        return [layer for layer in self.layers if isinstance(layer, RecurrentCache)]
+
+    def _drop_checkpoints(self) -> None:
+        """Those that lie ahead now: what comes there may be another text."""
+        self._checkpoints = tuple(point for point in self._checkpoints if point.offset <= self.offset)

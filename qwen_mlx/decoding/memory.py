@@ -1,8 +1,9 @@
-"""The device's memory while a text is made: weights stay wired, and what is freed is not hoarded."""
+"""The device's memory: how much there is; while a text is made, weights stay wired and what is freed is not hoarded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 
 import mlx.core as mx
@@ -11,6 +12,21 @@ from qwen_mlx.kernels.backend import gpu_generation
 
 CACHED_BYTES = 1 << 30
 """Of freed buffers, most that MLX keeps for the next allocation: more than a chunk of a prompt leaves behind."""
+
+MEMINFO = Path("/proc/meminfo")  # of Linux
+
+
+def memory_limit() -> int | None:
+    """Bytes that MLX may hold in all: on Metal what the device recommends, on Linux what is available and what MLX
+    holds already; None where neither can be read."""
+    if gpu_generation() is not None:
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    try:
+        lines = MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if available is None else int(available) * 1024 + mx.get_active_memory() + mx.get_cache_memory()
 
 
 @dataclass

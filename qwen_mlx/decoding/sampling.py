@@ -91,20 +91,27 @@ def default_params(generation_config: Mapping[str, Any] | None, *, is_small: boo
     top_k, top_p, min_p and repetition_penalty replaces the card's value, and presence_penalty, which that file cannot
     state, stays the card's. A value that makes no sense is a CheckpointError.
     """
-    config = generation_config or {}
+    chosen = recommendations(generation_config, is_small=is_small, thinking=thinking)
+    try:
+        return SamplingParams(**{name: value for name, (value, _) in chosen.items()})
+    except ValueError as error:
+        raise CheckpointError(f"generation_config.json: {error}") from error
+
+
+def recommendations(
+    generation_config: Mapping[str, Any] | None, *, is_small: bool, thinking: bool
+) -> dict[str, tuple[Any, str]]:
+    """Every value that `default_params` sets, unchecked, and where it comes from."""
+    config, file = generation_config or {}, "generation_config.json"
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    stated = {name: config[name] for name in names if config.get(name) is not None}
+    stated = {name: (config[name], file) for name in names if config.get(name) is not None}
     do_sample = config.get("do_sample")
     if do_sample is not None and not isinstance(do_sample, bool):
         raise CheckpointError(f"generation_config.json: do_sample must be true or false, not {do_sample!r}")
     if do_sample is False:
-        chosen = {"temperature": 0.0, "repetition_penalty": stated.get("repetition_penalty", 1.0)}
-    else:
-        chosen = {**_CARD[is_small, thinking], **stated}
-    try:
-        return SamplingParams(**chosen)
-    except ValueError as error:
-        raise CheckpointError(f"generation_config.json: {error}") from error
+        greedy = {"temperature": (0.0, file)}
+        return greedy | {name: stated[name] for name in stated if name == "repetition_penalty"}
+    return {name: (value, "model card") for name, value in _CARD[is_small, thinking].items()} | stated
 
 
 class Sampler:

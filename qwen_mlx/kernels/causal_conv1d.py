@@ -138,7 +138,8 @@ def _ends(mask: mx.array) -> mx.array:
 def _last_columns(columns: mx.array, count: int, mask: mx.array | None) -> mx.array:
     """The `count` columns that end at each row's last real token; columns [B, count+T, Cn]."""
     if mask is None:
-        return columns[:, columns.shape[1] - count :]
+        # A copy where a view would keep all columns of a long prompt alive.
+        return mx.contiguous(columns[:, columns.shape[1] - count :])
     index = _ends(mask)[:, None, None] + mx.arange(count)[:, None]  # [B, count, 1]
     return mx.take_along_axis(columns, index, axis=1)
 

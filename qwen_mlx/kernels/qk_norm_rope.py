@@ -1,7 +1,6 @@
 """Projected queries, keys and values made ready for attention and its cache: norms and rotations in one launch."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import mlx.core as mx
 
@@ -16,13 +15,17 @@ QK_NORM_ROPE = Kernel(
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """Of one layer: the gains of queries and keys [Dh] in float32, the norms' eps; R, the rotated dimensions; theta."""
+    """Of one layer, in float32: the gains of queries and keys [Dh], the norms' eps, and the frequencies [R/2]."""
 
     q_gain: mx.array
     k_gain: mx.array
     eps: float
-    rotary_dim: int
-    base: float
+    frequencies: mx.array
+
+    @property
+    def rotary_dim(self) -> int:
+        """R, the rotated dimensions."""
+        return 2 * self.frequencies.size
 
 
 def heads_are_fused(head_dim: int, rotary_dim: int) -> bool:
@@ -40,7 +43,7 @@ def qk_norm_rope(
 ) -> tuple[mx.array, mx.array]:
     """RMSNorm of every query and key, then the rotation of its first R elements by half-split pairs.
 
-        y = x / sqrt(mean(x^2) + eps) * gain;   a_j = position * theta^(-2j/R), j < R/2
+        y = x / sqrt(mean(x^2) + eps) * gain;   a_j = position * frequencies_j, j < R/2
         y_j = y_j cos a_j - y_{j+R/2} sin a_j;  y_{j+R/2} = y_{j+R/2} cos a_j + y_j sin a_j
 
     q [B, T, Hq, 2 Dh]: each head's query before its gate, which is not read; k, v [B, T, Hkv, Dh]; token t stands at
@@ -55,7 +58,7 @@ def qk_norm_rope(
         v,
         norms.q_gain,
         norms.k_gain,
-        _frequencies(norms.rotary_dim, norms.base),
+        norms.frequencies,
         norms.eps,
         offset if isinstance(offset, mx.array) else mx.array(offset, mx.int32),
         outputs=[((B, Hq, T, Dh), q.dtype), ((2, B, Hkv, T, Dh), q.dtype)],
@@ -74,7 +77,7 @@ def naive_qk_norm_rope(
     """The formula of `qk_norm_rope` for the reader; same arguments and results."""
     Dh, half = k.shape[-1], norms.rotary_dim // 2
     positions = (offset + mx.arange(k.shape[1])).astype(mx.float32)
-    angles = positions[:, None, None] * _frequencies(norms.rotary_dim, norms.base)  # [T, 1, R/2]
+    angles = positions[:, None, None] * norms.frequencies  # [T, 1, R/2]
     cos, sin = mx.cos(angles), mx.sin(angles)
     heads = []
     for x, gain in (q[..., :Dh], norms.q_gain), (k, norms.k_gain):
@@ -85,9 +88,3 @@ def naive_qk_norm_rope(
         heads.append(y.astype(x.dtype))
     queries, keys, values = (y.transpose(0, 2, 1, 3) for y in (*heads, v))
     return queries, mx.stack([keys, values])
-
-
-@cache
-def _frequencies(rotary_dim: int, base: float) -> mx.array:
-    """base^(-2j/R), j < R/2, rounded once to float32."""
-    return mx.array([base ** (-2 * j / rotary_dim) for j in range(rotary_dim // 2)], mx.float32)

@@ -12,6 +12,7 @@ from qwen_mlx.kernels.gated_delta_step import StepWeights
 from qwen_mlx.kernels.qk_norm_rope import HeadNorms
 
 EPS = 1e-6
+THETA = 1e7  # of the rotation
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def random_heads(sizes: AttentionSizes) -> tuple[mx.array, mx.array, mx.array, H
     q = _normal(1, 1, 1, sizes.query_heads, 2 * sizes.head_dim).astype(sizes.dtype)
     k, v = (_normal(i, 1, 1, sizes.kv_heads, sizes.head_dim).astype(sizes.dtype) for i in (2, 5))
     q_gain, k_gain = (1 + 0.1 * _normal(i, sizes.head_dim) for i in (3, 4))
-    return q, k, v, HeadNorms(q_gain, k_gain, EPS, sizes.rotary_dim, 1e7), 1000
+    frequencies = mx.array([THETA ** (-j / sizes.rotary_dim) for j in range(0, sizes.rotary_dim, 2)], mx.float32)
+    return q, k, v, HeadNorms(q_gain, k_gain, EPS, frequencies), 1000
 
 
 def _normal(key: int, *shape: int) -> mx.array:

@@ -48,6 +48,19 @@ def check_kernels(sizes: Sizes, attention: AttentionSizes) -> None:
 
     Without Metal there is nothing to check, nor of kernels that are not written for these sizes.
     """
+    checks = checks_for(sizes, attention)
+    wrong = [kernel.label for kernel, check in checks.items() if kernel.usable and trouble(check)]
+    if wrong:
+        distrusted.update(wrong)
+        warnings.warn(
+            f"Metal kernels that are wrong on this GPU are not used, plain MLX does their work: {', '.join(wrong)}. "
+            "Please report this with the name of the GPU and the version of macOS.",
+            stacklevel=2,
+        )
+
+
+def checks_for(sizes: Sizes, attention: AttentionSizes) -> dict[Kernel, Callable[[], Pair]]:
+    """The kernels that are written for these sizes, each with what runs it and its reference."""
     checks: dict[Kernel, Callable[[], Pair]] = {ADD_RMS_NORM: lambda: _check_sum(attention)}
     if conv_fits(sizes.taps, sizes.key_dim):
         checks[CONV] = partial(_check_conv, sizes)
@@ -57,14 +70,7 @@ def check_kernels(sizes: Sizes, attention: AttentionSizes) -> None:
         checks |= {kernel: partial(check, sizes) for kernel, check in DELTA_CHECKS.items()}
     if heads_fit(attention.head_dim, attention.rotary_dim):
         checks[QK_NORM_ROPE] = lambda: _check_heads(attention)
-    wrong = [kernel.label for kernel, check in checks.items() if kernel.usable and trouble(check)]
-    if wrong:
-        distrusted.update(wrong)
-        warnings.warn(
-            f"Metal kernels that are wrong on this GPU are not used, plain MLX does their work: {', '.join(wrong)}. "
-            "Please report this with the name of the GPU and the version of macOS.",
-            stacklevel=2,
-        )
+    return checks
 
 
 def trouble(check: Callable[[], Pair]) -> str:

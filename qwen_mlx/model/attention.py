@@ -4,12 +4,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwen_mlx.cache.kv import KVCache, TracedKVCache
+from qwen_mlx.cache.quantized_kv import QuantizedKVCache
 from qwen_mlx.config import TextConfig
 from qwen_mlx.kernels.activations import sigmoid_gated
 from qwen_mlx.kernels.qk_norm_rope import HeadNorms, heads_are_fused, qk_norm_rope
 from qwen_mlx.model.linear import Linear
 from qwen_mlx.model.norm import RMSNorm
 from qwen_mlx.model.projection import JointProjection
+from qwen_mlx.model.quantized_attention import quantized_attention
 from qwen_mlx.model.rope import RotaryEmbedding
 
 
@@ -44,9 +46,16 @@ class Attention(nn.Module):
             q, k, v = (y.transpose(0, 2, 1, 3) for y in (self.q_norm(q), self.k_norm(k), v))  # [B, H, T, Dh]
             q, k = (self._rope(y, cache.offset, positions) for y in (q, k))
             keys_values = mx.stack([k, v])
-        k, v = cache.update(keys_values)
-        o = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
+        scale = self.head_dim**-0.5
+        if isinstance(cache, QuantizedKVCache):
+            o = quantized_attention(q, *cache.update(keys_values), scale=scale, mask=mask)
+        else:
+            k, v = cache.update(keys_values)
+            o = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         return self.o_proj(sigmoid_gated(o.transpose(0, 2, 1, 3), gate).reshape(B, T, -1))
 
     def _head_norms(self) -> HeadNorms:
-        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self._rope.dims, self._rope.base)
+        gains = self.q_norm.weight, self.k_norm.weight
+        if self._rope.scale != 1:  # with YaRN, two launches more: a rotation leaves a factor what it is
+            gains = (gains[0] * self._rope.scales(self.head_dim), gains[1] * self._rope.scales(self.head_dim))
+        return HeadNorms(*gains, self.q_norm.eps, self._rope.frequencies)

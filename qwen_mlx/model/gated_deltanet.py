@@ -1,5 +1,7 @@
 """Linear attention by the gated delta rule (Yang et al. 2024, arXiv 2412.06464; `Qwen3_5GatedDeltaNet`)."""
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -7,7 +9,9 @@ from qwen_mlx.cache.recurrent import RecurrentCache
 from qwen_mlx.config import TextConfig
 from qwen_mlx.kernels.activations import sigmoid, softplus
 from qwen_mlx.kernels.causal_conv1d import causal_conv1d
-from qwen_mlx.kernels.gated_delta import gated_delta_rule
+from qwen_mlx.kernels.gated_delta import SCAN_TOKENS, gated_delta_rule
+from qwen_mlx.kernels.gated_delta_replay import gated_delta_replay
+from qwen_mlx.kernels.gated_delta_scan import Tape, gated_delta_scan
 from qwen_mlx.kernels.gated_delta_step import StepWeights, gated_delta_step, step_is_fused
 from qwen_mlx.model.linear import Linear
 from qwen_mlx.model.norm import GatedRMSNorm
@@ -20,6 +24,29 @@ class Convolution(nn.Module):
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
         self.weight = mx.zeros((channels, taps))
+
+
+@dataclass(frozen=True)
+class LayerTape:
+    """The states before a short update, conv_state [B, K-1, Cn] and state [B, Hv, Dv, Dk], and what it did to them:
+    columns [B, T, Cn], which entered the window of the convolution, and the tape of the delta rule."""
+
+    conv_state: mx.array
+    state: mx.array
+    columns: mx.array
+    delta_rule: Tape
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        rule = self.delta_rule
+        return [self.conv_state, self.state, self.columns, rule.k, rule.g, rule.delta]
+
+    def states_after(self, n: int) -> tuple[mx.array, mx.array]:
+        """Both states as they were after the first n of the T tokens, n at least 1."""
+        size = self.conv_state.shape[1]
+        new = self.columns[:, max(n - size, 0) : n]
+        window = mx.concatenate([self.conv_state[:, n:].astype(new.dtype), new], axis=1)
+        return window, gated_delta_replay(self.state, self.delta_rule, n)
 
 
 class GatedDeltaNet(nn.Module):
@@ -46,7 +73,8 @@ class GatedDeltaNet(nn.Module):
     def __call__(self, x: mx.array, cache: RecurrentCache, tokens: mx.array | None) -> mx.array:
         """x [B, T, D] -> [B, T, D]; `tokens` bool [B, T], False on left padding."""
         B, T, _ = x.shape
-        conv_state, state = self._states(cache, B, x.dtype)
+        conv_state, state = before = self._states(cache, B, x.dtype)
+        tape = None
         if T == 1 and tokens is None and step_is_fused(conv_state, state):
             (qkv, z), (_, z_start) = self._qkv_and_z.as_they_lie(self, x)
             (a, b), (_, b_start) = self._a_and_b.as_they_lie(self, x)
@@ -64,9 +92,15 @@ class GatedDeltaNet(nn.Module):
                 mask=tokens,
             )
             heads = (B, T, self.num_value_heads, self.value_dim)
-            o, state = gated_delta_rule(q, k, v.reshape(heads), *self._gates(x), state)
+            rule = (q, k, v.reshape(heads), *self._gates(x), state)
+            if 1 < T <= SCAN_TOKENS:
+                o, state, delta_rule = gated_delta_scan(*rule)
+                columns = qkv if tokens is None else mx.where(tokens[..., None], qkv, 0)
+                tape = LayerTape(*before, columns, delta_rule)
+            else:
+                o, state = gated_delta_rule(*rule)
             y = self.norm(o, z.reshape(heads)).reshape(B, T, -1)
-        cache.conv_state, cache.recurrent_state = conv_state, state
+        cache.update(conv_state, state, T, tape)
         return self.out_proj(y)
 
     def _gates(self, x: mx.array) -> tuple[mx.array, mx.array]:

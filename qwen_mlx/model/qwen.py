@@ -31,8 +31,19 @@ class Qwen(nn.Module):
 
     def make_cache(self, left_padding: Sequence[int] | None = None) -> SequenceCache:
         """An empty cache; `left_padding` counts the padding tokens in front of each row of the batch."""
-        layers = [KVCache() if kind == FULL else RecurrentCache() for kind in self.config.text.layer_types]
-        return SequenceCache(layers, None if left_padding is None else mx.array(list(left_padding)))
+        kinds = self.config.text.layer_types
+        layers = [KVCache() if kind == FULL else RecurrentCache() for kind in kinds]
+        padding = None if left_padding is None else mx.array(list(left_padding))
+        return SequenceCache(layers, padding, [self._size_in_words(kind) for kind in kinds])
+
+    def _size_in_words(self, layer_type: str) -> str:
+        text, dtype = self.config.text, str(self.dtype).removeprefix("mlx.core.")
+        if layer_type == FULL:
+            return f"{text.num_key_value_heads} heads of {text.head_dim} in {dtype}"
+        heads, value_dim, key_dim = text.linear_num_value_heads, text.linear_value_head_dim, text.linear_key_head_dim
+        channels = 2 * text.linear_num_key_heads * key_dim + heads * value_dim
+        columns = f"{text.linear_conv_kernel_dim - 1} columns of {channels}"
+        return f"{heads} states of {value_dim} x {key_dim} and {columns} in {dtype}"
 
     def embed(self, tokens: mx.array) -> mx.array:
         """tokens [B, T] -> [B, T, D]"""

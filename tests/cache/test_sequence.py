@@ -1,5 +1,6 @@
 """What the caches must never change: cached = uncached, in any pieces, and restored = never advanced."""
 
+import gc
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen_mlx.cache.kv import SLAB
+from qwen_mlx.cache.kv import SLAB, KVCache
 from qwen_mlx.cache.sequence import SequenceCache
 from qwen_mlx.model.qwen import Qwen
 from tests.golden.checkpoints import VARIANTS
@@ -39,7 +40,8 @@ def contents(cache: SequenceCache) -> list[np.ndarray]:
     copies = []
     for layer in cache.layers:
         for array in layer.arrays:
-            copies.append(np.array(array[..., : layer.offset, :] if hasattr(layer, "offset") else array, copy=True))
+            seen = array[..., : layer.offset, :] if hasattr(layer, "offset") else array
+            copies.append(np.array(seen.astype(mx.float32), copy=True))  # NumPy has no bfloat16
     return copies
 
 
@@ -224,7 +226,158 @@ def test_nbytes_follows_from_the_sizes(
 
 
 def test_nbytes_does_not_change_with_what_is_written_into_a_slab(model: Qwen) -> None:
-    cache = after(model, 10)
+    cache = after(model, 20)
+    greedy(model, cache, 1)
     before = cache.nbytes
     greedy(model, cache, 3)
     assert cache.nbytes == before
+
+
+F_STATES, F_WINDOWS, F_SLABS = 3 * 4 * 64 * 32 * 4, 3 * 3 * (2 * 2 * 32 + 4 * 64) * 4, 2 * 2 * 64 * SLAB * 4
+"""Of f-k32-v64 in float32, as above."""
+
+
+def test_nbytes_counts_the_states_before_the_last_update(model_of: Callable[[str, str], Qwen]) -> None:
+    model = model_of("f-k32-v64", "float32")
+    cache = after(model, 20)
+    greedy(model, cache, 1)
+    assert cache.nbytes == 2 * (F_STATES + F_WINDOWS) + F_SLABS
+    cache.rewind(1)
+    assert cache.nbytes == F_STATES + F_WINDOWS + F_SLABS
+
+
+def test_nbytes_counts_the_tape(model_of: Callable[[str, str], Qwen]) -> None:
+    """Of each token: columns, and in float32 keys, decays and deltas, Hk Dk + Hv + Hv Dv."""
+    model = model_of("f-k32-v64", "float32")
+    cache = after(model, 20)
+    model(prompt(6), cache)
+    tape = 3 * 6 * (2 * 2 * 32 + 4 * 64 + 2 * 32 + 4 + 4 * 64) * 4
+    assert cache.nbytes == 2 * (F_STATES + F_WINDOWS) + F_SLABS + tape
+
+
+def test_nbytes_counts_checkpoints_and_what_they_share_once(model_of: Callable[[str, str], Qwen]) -> None:
+    """Keys and values are not theirs: they stay in the cache."""
+    model = model_of("f-k32-v64", "float32")
+    cache = after(model, 20)
+    cache.checkpoint()
+    assert cache.nbytes == F_STATES + F_WINDOWS + F_SLABS
+    greedy(model, cache, 1)
+    assert cache.nbytes == 2 * (F_STATES + F_WINDOWS) + F_SLABS
+    greedy(model, cache, 1)
+    assert cache.nbytes == 3 * (F_STATES + F_WINDOWS) + F_SLABS
+
+
+def grown(model: Qwen, work: Callable[[SequenceCache], object]) -> tuple[int, int]:
+    """Bytes that a cache has taken in memory after `work`, and those that it says it holds."""
+    gc.collect()
+    mx.synchronize()
+    before, cache = mx.get_active_memory(), model.make_cache()
+    work(cache)
+    mx.eval(cache.arrays)
+    mx.synchronize()
+    return mx.get_active_memory() - before, cache.nbytes
+
+
+def prefilled(model: Qwen, cache: SequenceCache, *lengths: int) -> None:
+    for length in lengths:
+        mx.eval(model.hidden(model.embed(prompt(length)), cache), cache.arrays)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        pytest.param(lambda model, cache: prefilled(model, cache, 500), id="a_long_chunk"),
+        pytest.param(lambda model, cache: prefilled(model, cache, 500, 500), id="chunks"),
+        pytest.param(lambda model, cache: prefilled(model, cache, 500, 16), id="tape"),
+        pytest.param(lambda model, cache: (prefilled(model, cache, 40), greedy(model, cache, 3)), id="single_tokens"),
+        pytest.param(
+            lambda model, cache: (prefilled(model, cache, 40, 9), cache.rewind(4), greedy(model, cache, 2)),
+            id="taken_back",
+        ),
+        pytest.param(
+            lambda model, cache: (prefilled(model, cache, 40), cache.checkpoint(), prefilled(model, cache, 200)),
+            id="checkpoint",
+        ),
+    ],
+)
+def test_nbytes_is_what_is_kept_alive(work: Callable[[Qwen, SequenceCache], object], model: Qwen) -> None:
+    """Of a chunk of 500 tokens, three layers' projected columns alone would be 2.3 MB."""
+    grown(model, lambda cache: work(model, cache))  # constants that stay from the first call on
+    taken, said = grown(model, lambda cache: work(model, cache))
+    assert said <= taken <= said + 3 * 16384  # MLX lets a view keep that much more
+
+
+def test_a_cache_without_snapshots_writes_in_place(model: Qwen) -> None:
+    cache = after(model, 20)
+    layer = cache.layers[3]
+    assert isinstance(layer, KVCache)
+    assert layer.slab is not None
+    _, _, heads, _, size = layer.slab.shape
+    layer.slab = mx.zeros((2, 1, heads, 2**23 // (heads * size), size))
+    mx.eval(cache.arrays)
+    greedy(model, cache, 1)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    greedy(model, cache, 3)
+    assert mx.get_peak_memory() - before < 2**25  # the slab has 2**26 bytes
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype", "why"),
+    [
+        pytest.param(
+            "f-k32-v64",
+            "float32",
+            r"its layer 0 holds RecurrentCache of 4 states of 64 x 32 and 3 columns of 384 in float32, "
+            r"that of this cache RecurrentCache of 4 states of 32 x 32 and 3 columns of 384",
+            id="shapes",
+        ),
+        pytest.param("b-r2-d64", "float32", "it has 8 layers, this cache 4", id="number_of_layers"),
+        pytest.param("a-r1-d32", "bfloat16", "its layer 0 holds .* in bfloat16, .* in float32", id="dtype"),
+    ],
+)
+@pytest.mark.parametrize("tokens", [0, 9], ids=["into_an_empty_cache", "into_a_filled_one"])
+def test_a_snapshot_of_another_model_is_refused(
+    variant: str, dtype: str, why: str, tokens: int, model: Qwen, model_of: Callable[[str, str], Qwen]
+) -> None:
+    cache = after(model, tokens) if tokens else model.make_cache()
+    was, other = contents(cache), model_of(variant, dtype)
+    for snapshot in (other.make_cache().snapshot(), after(other, 5).snapshot()):
+        with pytest.raises(ValueError, match=f"The snapshot is of another model: {why}"):
+            cache.restore(snapshot)
+        assert cache.offset == tokens
+        assert same(contents(cache), was)
+
+
+def test_kinds_of_layers_in_another_order_are_refused(model: Qwen) -> None:
+    cache = model.make_cache()
+    turned = SequenceCache(cache.layers[::-1])
+    with pytest.raises(ValueError, match="its layer 0 holds KVCache, that of this cache RecurrentCache"):
+        SequenceCache(cache.layers).restore(turned.snapshot())
+
+
+def remembered(model: Qwen) -> dict[str, object]:
+    """What the modules hold besides weights and one another, by identity and, where it can be read, by value."""
+    return {
+        f"{place}.{name}": (id(value), repr(value) if isinstance(value, (int, float, str, tuple, list)) else None)
+        for place, module in model.named_modules()
+        for name, value in [*vars(module).items(), *module.items()]
+    }
+
+
+def test_no_place_is_kept_on_a_module(model_of: Callable[[str, str], Qwen]) -> None:
+    model = model_of("b-r2-d64", "float32")
+    after(model, 3)
+    before = remembered(model)
+    greedy(model, after(model, 30), 3)
+    assert remembered(model) == before
+
+
+def test_sequences_at_different_places_take_turns(model: Qwen) -> None:
+    """Each goes on as if it were alone: where a token stands is known from its cache."""
+    alone = [greedy(model, after(model, length), 6)[0] for length in (3, 40, 200)]
+    caches, tokens = [after(model, length) for length in (3, 40, 200)], [[5], [5], [5]]
+    for _ in range(6):
+        for cache, own in zip(caches, tokens):
+            own.extend(greedy(model, cache, 1, first=own[-1])[0])
+    assert [own[1:] for own in tokens] == alone

@@ -52,7 +52,7 @@ def test_limits_are_restored_after_an_error(limits: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 5], ids=["left_early", "to_the_end"])
 def test_a_generation_sets_and_restores_them(tokens: int, limits: dict[str, int]) -> None:
-    responses = stream_generate(*load("demo"), "Once upon a time", max_tokens=5)
+    responses = stream_generate(*load("demo"), "Once upon a time", max_tokens=5, force=True)
     for _ in range(tokens):
         next(responses)
         assert limits["wired"] == 1000

@@ -18,7 +18,7 @@ def problem(*, B=2, T=3, Hq=4, Hkv=2, Dh=64, R=64, dtype=mx.float32):
     shapes = (B, T, Hq, 2 * Dh), (B, T, Hkv, Dh), (B, T, Hkv, Dh)
     projected = [mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype) for shape in shapes]
     gains = (mx.array(1 + 0.2 * rng.standard_normal(Dh).astype(np.float32)) for _ in range(2))
-    return *projected, HeadNorms(*gains, EPS, R, THETA)
+    return *projected, HeadNorms(*gains, EPS, mx.array(THETA ** (-2 * np.arange(R // 2) / R), mx.float32))
 
 
 SIZES = pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def linear_layers(model: Qwen) -> int:
     ("T", "kernels"),
     [
         pytest.param(1, ["gated_delta_step"], id="decode"),
-        pytest.param(8, ["causal_conv1d", "gated_delta_scan"], id="verify"),
+        pytest.param(8, ["causal_conv1d", "gated_delta_scan_tape"], id="verify"),
         pytest.param(17, ["causal_conv1d", "gated_delta_chunk"], id="prefill"),
     ],
 )

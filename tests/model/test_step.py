@@ -115,6 +115,40 @@ def test_a_snapshot_stays_what_it_was(model_of: Callable[[str, str], Qwen]) -> N
     assert np.array_equal(np.array(step(prompt(1, 1), cache)), first)
 
 
+def same_arrays(one: SequenceCache, other: SequenceCache) -> bool:
+    """Of what a next token can see."""
+    seen = [[a[..., : cache.offset, :] if a.ndim == 5 else a for a in cache.arrays] for cache in (one, other)]
+    return all(mx.array_equal(a, b).item() for a, b in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("start", [20, SLAB - 1, SLAB])
+def test_a_step_taken_back_never_was(start: int, model_of: Callable[[str, str], Qwen]) -> None:
+    model = model_of("b-r2-d64", "float32")
+    step, cache, other = step_of(model), after_prompt(model, 1, start), after_prompt(model, 1, start)
+    for i in range(3):
+        step(prompt(1, 1), cache)
+        cache.rewind(1)
+        assert cache.offset == start + i
+        assert same_arrays(cache, other)
+        for both in (cache, other):
+            step(prompt(1, i + 2)[:, -1:], both)
+    assert same_arrays(cache, other)
+    with pytest.raises(ValueError, match="the last update had 1, of which all can be taken back"):
+        cache.rewind(2)
+
+
+def test_an_update_of_several_tokens_taken_back_between_steps(model_of: Callable[[str, str], Qwen]) -> None:
+    """As when a draft is verified: five tokens, of which two stay."""
+    model = model_of("b-r2-d64", "float32")
+    step, caches = step_of(model), [after_prompt(model, 1, 20) for _ in range(2)]
+    for count, cache in zip((5, 2), caches):
+        step(prompt(1, 1), cache)
+        mx.eval(model(prompt(1, 5)[:, :count], cache))
+    caches[0].rewind(3)
+    assert caches[0].offset == caches[1].offset
+    assert largest_difference(model, step, caches, 4) < 5e-4
+
+
 def test_slabs_are_written_in_place_on_a_cpu(model_of: Callable[[str, str], Qwen]) -> None:
     """A step that copied its slabs of 128 MiB would show in the peak. Each step ends before the next begins: of a GPU
     with two of them under way this says nothing."""

@@ -1,0 +1,67 @@
+"""What tells the models apart whose caches are kept in files: a `Fingerprint` of model, tokenizer and template.
+
+In: a model folder, and what was loaded from it. Out: hashes that are made in a moment, since of the weights hardly
+anything is read. Files themselves are written and read in `qwen_mlx.cache.file`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from qwen_mlx.cache.file import Fingerprint
+from qwen_mlx.checkpoint import GAINS, Header, read_header, weight_files
+from qwen_mlx.errors import CheckpointError
+from qwen_mlx.model.qwen import Qwen
+from qwen_mlx.tokenizer import Tokenizer
+
+SAMPLE = 64  # bytes from the middle of a tensor
+SAMPLES = 4096  # tensors at most that are looked into
+
+
+def fingerprint(folder: Path, model: Qwen, tokenizer: Tokenizer) -> Fingerprint:
+    """Of `model` and `tokenizer`, loaded from `folder`.
+
+    The model's part is made of config.json, the sizes and headers of the weight files, and a few bytes of each tensor:
+    a fine-tuned model differs from its base in nothing else. Raises `CheckpointError` for files that cannot be read.
+    """
+    try:
+        weights = weight_files(folder) + [file for file in [folder / GAINS] if file.exists()]
+        parts = [(folder / "config.json").read_bytes()]
+        headers: list[Header] = []
+        for file in weights:
+            found = read_header(file)
+            parts.append(f"{file.relative_to(folder)} {file.stat().st_size}".encode())
+            parts += [f"{n} {h.dtype} {h.shape} {h.offset}".encode() for n, h in sorted(found.items())]
+            headers += found.values()
+        parts += _samples(headers)
+        tokens = [(folder / "tokenizer.json").read_bytes()]
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder} cannot be read ({error.strerror}); check the model.") from None
+    # The template writes the special tokens by the names that the tokenizer's configuration gives them.
+    template = [json.dumps([tokenizer.chat_template, dict(tokenizer.special_tokens)], sort_keys=True).encode()]
+    dtype = str(model.dtype).removeprefix("mlx.core.")
+    return Fingerprint(_name(folder), _hash(parts), _hash(tokens), _hash(template), dtype)
+
+
+def _samples(headers: list[Header]) -> Iterable[bytes]:
+    step = -(-len(headers) // SAMPLES)
+    for header in sorted(headers, key=lambda header: (header.file, header.offset))[::step]:
+        with header.file.open("rb", buffering=0) as file:
+            file.seek(header.offset + max(header.nbytes - SAMPLE, 0) // 2)
+            yield file.read(min(SAMPLE, header.nbytes))
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _name(folder: Path) -> str:
+    """The folder's name, or the repository's where the folder lies in the hub's cache and is named by a commit."""
+    folder = folder.absolute()
+    if folder.parent.name == "snapshots":
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    return folder.resolve().name
