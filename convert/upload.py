@@ -40,7 +40,7 @@ def upload(
     """
     files = model_files(folder)
     if not allow_unverified:
-        _check_verified(folder)
+        _check_verified(folder, files)
     _check_id(repo)
     total = sum((folder / name).stat().st_size for name in files)
     size = f"{len(files)} files, {total:,} bytes"
@@ -78,7 +78,7 @@ def _left_out(folder: Path, files: list[str]) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in taken and not path.name.startswith("."))
 
 
-def _check_verified(folder: Path) -> None:
+def _check_verified(folder: Path, files: list[str]) -> None:
     anyway = "or upload it as it is with --allow-unverified"
     record = folder / ACCOUNT
     if not record.exists():
@@ -90,6 +90,14 @@ def _check_verified(folder: Path) -> None:
     if facts.get("verified") is not True:
         reason = str(facts.get("reason") or "it was not compared with its source").rstrip(".")
         raise UploadError(f"{folder} is not verified ({reason}); convert it again with the proof, {anyway}.")
+    weights = [
+        header for name in files if name.endswith(".safetensors") for header in read_header(folder / name).values()
+    ]
+    if (found := sum(header.nbytes for header in weights)) != facts.get("bytes"):
+        raise UploadError(
+            f"{folder} holds {found:,} bytes of weights, and {facts.get('bytes')!r} were verified: they are not those; "
+            f"convert it again, {anyway}."
+        )
 
 
 def check_access(repo: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from qwen_mlx import load
+from qwen_mlx.checkpoint import read_header
 from qwen_mlx.cli import run
 from qwen_mlx.convert.card import OWN_ID, card
 from qwen_mlx.convert.upload import model_files, upload
@@ -48,11 +49,15 @@ def folder(tmp_path: Path) -> Path:
     """The demo model as a conversion would leave it, and what does not belong to it."""
     folder = tmp_path / "mlx_model"
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("__*"))
-    facts = FACTS | {"source": {"id": "tales/demo", "hub": True, "revision": None, "kind": "released"}}
-    (folder / "qwen_mlx.json").write_text(json.dumps(facts))
+    head = {"fc.weight": mx.zeros((8, 4))}
+    size = (
+        sum(header.nbytes for header in read_header(folder / "model.safetensors").values()) + head["fc.weight"].nbytes
+    )
+    source = {"id": "tales/demo", "hub": True, "revision": None, "kind": "released"}
+    (folder / "qwen_mlx.json").write_text(json.dumps(FACTS | {"source": source, "bytes": size}))
     (folder / "README.md").write_text(card(folder, (DEMO / "README.md").read_text(encoding="utf-8")), encoding="utf-8")
     (folder / "mtp").mkdir()
-    mx.save_safetensors(str(folder / "mtp/model.safetensors"), {"fc.weight": mx.zeros((8, 4))})
+    mx.save_safetensors(str(folder / "mtp/model.safetensors"), head)
     (folder / "mtp/config.json").write_text("{}")
     for name in OTHERS:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -171,6 +176,14 @@ def test_an_answer_that_is_no_json(hub: Hub, folder: Path) -> None:
     hub.fail("validate-yaml", 502, body=b"<html>Bad gateway</html>")
     with pytest.raises(UploadError, match=r"answer that is no JSON; run the same command again"):
         upload(folder, REPO)
+
+
+def test_other_weights_than_those_that_were_verified_stay_here(hub: Hub, folder: Path) -> None:
+    mx.save_safetensors(str(folder / "mtp/model.safetensors"), {"fc.weight": mx.zeros((8, 5))})
+    with pytest.raises(UploadError, match="they are not those"):
+        upload(folder, REPO)
+    assert not hub.requests
+    upload(folder, REPO, allow_unverified=True)
 
 
 def test_a_private_repository(hub: Hub, folder: Path) -> None:
