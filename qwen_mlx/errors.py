@@ -36,7 +36,7 @@ class PromptError(QwenMLXError):
 
 
 class PromptCacheError(QwenMLXError):
-    """A prompt file cannot be written or read: no access, damaged, or made with another model, tokenizer or template."""
+    """A prompt file cannot be written or read, is damaged, or belongs to another model, tokenizer or template."""
 
 
 class MemoryLimitError(QwenMLXError):

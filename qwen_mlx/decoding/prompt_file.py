@@ -37,7 +37,8 @@ def fingerprint(folder: Path, model: Qwen, tokenizer: Tokenizer) -> Fingerprint:
         parts += _samples(headers)
         tokens = [(folder / "tokenizer.json").read_bytes()]
     except OSError as error:
-        raise CheckpointError(f"{error.filename or folder} cannot be read ({error.strerror}); check the model.") from None
+        what = error.filename or folder
+        raise CheckpointError(f"{what} cannot be read ({error.strerror}); check the model's folder.") from None
     # The template writes the special tokens by the names that the tokenizer's configuration gives them.
     template = [json.dumps([tokenizer.chat_template, dict(tokenizer.special_tokens)], sort_keys=True).encode()]
     dtype = str(model.dtype).removeprefix("mlx.core.")

@@ -1,0 +1,142 @@
+"""What makes a prompt file another model's: each file of a model folder, and nothing else."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from qwen_mlx import load
+from qwen_mlx.cache.file import Fingerprint, load_prompt_cache, save_prompt_cache
+from qwen_mlx.checkpoint import read_header
+from qwen_mlx.decoding.prompt_file import fingerprint
+from qwen_mlx.errors import CheckpointError, PromptCacheError
+from qwen_mlx.hub import resolve
+
+PARTS = ("model", "tokenizer", "template", "dtype")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The demo model, to be changed."""
+    return Path(shutil.copytree(resolve("demo"), tmp_path / "demo"))
+
+
+def of(folder: Path, dtype: str = "float32") -> Fingerprint:
+    return fingerprint(folder, *load(folder, dtype=dtype))
+
+
+def differ(one: Fingerprint, other: Fingerprint) -> list[str]:
+    return [part for part in PARTS if getattr(one, part) != getattr(other, part)]
+
+
+def edit_text(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return edit
+
+
+def fine_tune(folder: Path) -> None:
+    """One matrix has other values; names, shapes and sizes stay."""
+    file = folder / "model.safetensors"
+    header = max(read_header(file).values(), key=lambda header: header.nbytes)
+    assert header.dtype in ("BF16", "F16", "F32")
+    with file.open("r+b") as stream:
+        stream.seek(header.offset)
+        data = stream.read(header.nbytes)
+        stream.seek(header.offset)
+        stream.write(data[4:] + data[:4])
+
+
+def change_bos(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["bos_token"] = "<|endoftext|>" if config.get("bos_token") is None else None
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        pytest.param(edit_text("config.json", "{", "{ "), "model", id="configuration"),
+        pytest.param(fine_tune, "model", id="fine_tuned_weights"),
+        pytest.param(edit_text("tokenizer.json", "{", "{ "), "tokenizer", id="tokenizer"),
+        pytest.param(edit_text("chat_template.jinja", "{", " {"), "template", id="template"),
+        pytest.param(change_bos, "template", id="special_tokens"),
+    ],
+)
+def test_a_change_in_one_file_is_a_change_in_one_part(change: Callable[[Path], None], part: str, folder: Path) -> None:
+    before = of(folder)
+    change(folder)
+    assert differ(of(folder), before) == [part]
+
+
+def test_another_dtype(folder: Path) -> None:
+    assert differ(of(folder, "bfloat16"), of(folder)) == ["dtype"]
+    assert of(folder, "bfloat16").dtype == "bfloat16"
+
+
+def test_other_names_of_tensors_are_another_model(folder: Path) -> None:
+    before, file = fingerprint(folder, *load(folder)), folder / "model.safetensors"
+    arrays = dict(mx.load(str(file)))
+    mx.eval(arrays)
+    mx.save_safetensors(str(file), arrays, {"format": "mlx", "written": "anew, with a header of another length"})
+    model, tokenizer = load(folder)
+    assert differ(fingerprint(folder, model, tokenizer), before) == ["model"]
+
+
+def test_exact_gains_belong_to_the_model(folder: Path) -> None:
+    model, tokenizer = load(folder, dtype="float32")
+    before, gains = fingerprint(folder, model, tokenizer), folder / "qwen_mlx" / "gains.safetensors"
+    if gains.exists():
+        gains.unlink()
+    else:
+        gains.parent.mkdir()
+        mx.save_safetensors(str(gains), {"a": mx.zeros((3,))})
+    assert differ(fingerprint(folder, model, tokenizer), before) == ["model"]
+
+
+def test_a_moved_folder_is_the_same_model(folder: Path) -> None:
+    before = of(folder)
+    moved = of(folder.rename(folder.with_name("moved")))
+    assert differ(moved, before) == []
+    assert (before.name, moved.name) == ("demo", "moved")
+
+
+def test_a_folder_of_the_hubs_cache_is_called_by_its_repository(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = folder.parent / "models--Qwen--Qwen3.5-0.8B" / "snapshots" / "0123abc"
+    there.parent.mkdir(parents=True)
+    assert of(folder.rename(there)).name == "Qwen/Qwen3.5-0.8B"
+    monkeypatch.chdir(there)
+    assert of(Path(".")).name == "Qwen/Qwen3.5-0.8B"
+
+
+def test_a_folder_by_a_relative_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = of(folder)
+    monkeypatch.chdir(folder)
+    assert of(Path(".")) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_file_that_is_gone(name: str, folder: Path) -> None:
+    model, tokenizer = load(folder, dtype="float32")
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=r"No such file|holds no model\*.safetensors"):
+        fingerprint(folder, model, tokenizer)
+
+
+def test_another_model_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(folder, dtype="float32")
+    cache, tokens = model.make_cache(), tokenizer.encode("Once upon a time")
+    mx.eval(model(mx.array([tokens]), cache))
+    save_prompt_cache(tmp_path / "prompt.safetensors", cache, tokens, fingerprint(folder, model, tokenizer))
+    fine_tune(folder)
+    other = folder.rename(folder.with_name("tuned"))
+    model, tokenizer = load(other, dtype="float32")
+    words = "was made with demo in float32, and this is tuned in float32: they differ in model;"
+    with pytest.raises(PromptCacheError, match=words):
+        load_prompt_cache(tmp_path / "prompt.safetensors", model.make_cache(), fingerprint(other, model, tokenizer))
