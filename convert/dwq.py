@@ -15,7 +15,7 @@ from qwen_mlx.checkpoint import load_file
 from qwen_mlx.convert.folder import TUNED
 from qwen_mlx.convert.opened import Opened
 from qwen_mlx.errors import ConversionError
-from qwen_mlx.load import DTYPES, parameters, set_weights
+from qwen_mlx.load import DTYPES, parameters
 
 SAMPLES = 1024  # windows in all; a shorter text is read again
 BATCH = 4
@@ -54,9 +54,7 @@ def tune(
     learners = [m for _, m in student.named_modules() if getattr(m, "mode", "") == "affine" and m.bits < 8]
     if not learners:
         raise ConversionError("--dwq tunes affine forms of less than 8 bits, and there are none; leave it out.")
-    teacher = opened.model()
-    teacher.dtype = DTYPES[dtype]
-    set_weights(teacher, {name: found.all() for name, found in opened.source.text.items()}, teacher.dtype)
+    teacher = opened.loaded(DTYPES[dtype])
     data = [(window.tolist(), 0) for window in whole]
     validation, learned = (data[:BATCH], data[BATCH:]) if len(data) >= 2 * BATCH else (data[:BATCH], data)
     repeated = [learned[i % len(learned)] for i in range(max(samples, len(learned)))]

@@ -8,9 +8,9 @@ from qwen_mlx.convert.opened import Opened
 from qwen_mlx.convert.plan import Forms
 from qwen_mlx.convert.progress import tokens_through
 from qwen_mlx.convert.recipes import MTP_FORM, RECIPES, Form, form_of, lowest_bits
-from qwen_mlx.convert.sensitivity import allocate, quantizable, sensitivity
+from qwen_mlx.convert.sensitivity import allocate, possible_forms, quantizable, sensitivity
 from qwen_mlx.errors import ConversionError
-from qwen_mlx.load import parameters, set_weights
+from qwen_mlx.load import parameters
 
 AUTO = "auto"
 WINDOWS = 2  # of the text: a measurement passes them some hundred times
@@ -48,16 +48,13 @@ def by_measurement(opened: Opened, windows: Sequence[mx.array], vocab_size: int,
     sizes = {name.removesuffix(".weight"): int(array.size) for name, array in parameters(model).items()}
     fitting = [g for g in (128, 64) if all(matrix.weight.shape[-1] % g == 0 for matrix in matrices.values())]
     choices = [Form(bits, fitting[0] if fitting else 32) for bits in BITS]
-    possible = {
-        path: {form: 0.0 for form in choices if form.bits >= lowest_bits(path) and form.fits(matrix.weight.shape[-1])}
-        for path, matrix in matrices.items()
-    }
+    possible = {path: dict.fromkeys(forms, 0.0) for path, forms in possible_forms(matrices, choices).items() if forms}
     try:
-        allocate({path: losses for path, losses in possible.items() if losses}, sizes, target_bits)
+        allocate(possible, sizes, target_bits)
     except ValueError as error:  # before the long measurement
         raise ConversionError(str(error).replace("target_bits", "--target-bits")) from None
-    set_weights(model, {name: found.all() for name, found in opened.source.text.items()}, mx.float32)
+    loaded = opened.loaded(mx.float32)
     with tokens_through("Measuring") as progress:
-        measured = sensitivity(model, windows[:WINDOWS], choices, vocab_size=vocab_size, progress=progress)
+        measured = sensitivity(loaded, windows[:WINDOWS], choices, vocab_size=vocab_size, progress=progress)
     chosen = allocate(measured, sizes, target_bits)
     return lambda path: MTP_FORM if path.startswith("mtp.") else chosen.get(path)

@@ -7,12 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen_mlx.config import ModelConfig, parse_config, read_json
+from qwen_mlx.config import ModelConfig, parse_config, read_generation, read_json
 from qwen_mlx.convert.dequantize import dequantized, is_quantized
 from qwen_mlx.convert.gguf import open_gguf
 from qwen_mlx.convert.source import Source, open_source
 from qwen_mlx.errors import CheckpointError, ConversionError
-from qwen_mlx.load import check_tensors, quantize_like
+from qwen_mlx.load import check_tensors, quantize_like, set_weights
 from qwen_mlx.model.mtp import MTPHead
 from qwen_mlx.model.qwen import Qwen
 
@@ -30,6 +30,13 @@ class Opened:
     def model(self) -> Qwen:
         model = Qwen(self.config)
         quantize_like(self.path, model, self.source.text)
+        return model
+
+    def loaded(self, dtype: mx.Dtype) -> Qwen:
+        """`model()` with all its weights in memory."""
+        model = self.model()
+        model.dtype = dtype
+        set_weights(model, {name: found.all() for name, found in self.source.text.items()}, dtype)
         return model
 
     def head(self) -> MTPHead | None:
@@ -56,23 +63,23 @@ def open_model(path: Path, *, dequantize: bool = False, vision: bool = True, mtp
         config = parse_config(source.config, _generation(source), path)
     else:
         raw = _without_fp8(read_json(path / "config.json"))
-        generation = path / "generation_config.json"
-        config = parse_config(raw, read_json(generation) if generation.exists() else {}, path)
+        config = parse_config(raw, read_generation(path), path)
         source = open_source(path, raw, vision=vision, mtp=mtp)
     if config.text.tie_word_embeddings:
         # Some tied releases store the head a second time.
         _check_second_head(path, source)
         source = replace(source, text={n: t for n, t in source.text.items() if not n.startswith("lm_head.")})
     opened = Opened(path, source, config)
-    check_tensors(path, opened.model(), source.text)
+    model = opened.model()
+    check_tensors(path, model, source.text)
     if (head := opened.head()) is not None:
         check_tensors(f"The MTP head in {path}", head, source.mtp)
     if not dequantize:
         return opened
-    if not opened.quantized:
+    if not is_quantized(model):
         raise ConversionError(f"{path} is not quantized, so there is nothing to dequantize; leave --dequantize out.")
     drafts = dequantized(source.mtp, head) if head is not None else {}
-    return Opened(path, replace(source, text=dequantized(source.text, opened.model()), mtp=drafts), config)
+    return Opened(path, replace(source, text=dequantized(source.text, model), mtp=drafts), config)
 
 
 def _check_second_head(path: Path, source: Source) -> None:

@@ -33,7 +33,7 @@ def sensitivity(
     tokens there are. Afterwards `model` is as it was. Raises ValueError for a model that is quantized.
     """
     matrices = quantizable(model)
-    chosen = {path: [form for form in forms if _may_take(path, matrix, form)] for path, matrix in matrices.items()}
+    chosen = possible_forms(matrices, forms)
     probe = _Probe(model, windows, vocab_size)
     total, done = sum(map(len, chosen.values())) * probe.tokens, 0
     found: dict[str, dict[Form, float]] = {path: {} for path in matrices}
@@ -83,8 +83,12 @@ def _steps_up(
             yield saved / cost, cost, path, form
 
 
-def _may_take(path: str, matrix: nn.Module, form: Form) -> bool:
-    return form.bits >= lowest_bits(path) and form.fits(matrix.weight.shape[-1])
+def possible_forms(matrices: Mapping[str, nn.Module], forms: Sequence[Form]) -> dict[str, list[Form]]:
+    """For each path those of `forms` that have bits enough for the matrix, and groups that divide its rows."""
+    return {
+        path: [form for form in forms if form.bits >= lowest_bits(path) and form.fits(matrix.weight.shape[-1])]
+        for path, matrix in matrices.items()
+    }
 
 
 def quantizable(model: Qwen) -> dict[str, nn.Module]:

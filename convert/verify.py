@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from qwen_mlx.convert.source import Source, Tensor
 from qwen_mlx.evaluation.measures import Comparison
-from qwen_mlx.evaluation.models import Progress, compare_states, hidden_states
+from qwen_mlx.evaluation.models import BLOCK, Progress, compare_states, hidden_states
 from qwen_mlx.load import load_model, set_weights
 from qwen_mlx.load_mtp import load_mtp
 from qwen_mlx.model.decoder import DecoderLayer
@@ -74,9 +74,9 @@ def agreement(model: Qwen, head: MTPHead, embedded: Sequence[mx.array], hidden: 
     hits, count = 0, 0
     for e, h in zip(embedded, hidden):
         drafts = head(h[None, :-1], e[:, 1:], head.make_cache())[0]
-        for start in range(0, drafts.shape[0], 64):
-            told = model.logits(drafts[start : start + 64]).argmax(-1)
-            said = model.logits(h[1:][start : start + 64]).argmax(-1)
+        for start in range(0, drafts.shape[0], BLOCK):
+            told = model.logits(drafts[start : start + BLOCK]).argmax(-1)
+            said = model.logits(h[1:][start : start + BLOCK]).argmax(-1)
             hits += int((told == said).sum())
             count += told.size
     return hits / count

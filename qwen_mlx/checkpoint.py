@@ -286,13 +286,18 @@ def _check_places(file: Path, data: int, size: int, headers: Mapping[str, Header
 
 
 def load_file(file: Path) -> dict[str, mx.array]:
+    return load_with_metadata(file)[0]
+
+
+def load_with_metadata(file: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     try:
-        arrays = mx.load(str(file))
+        arrays, metadata = mx.load(str(file), return_metadata=True)
     except RuntimeError as error:
         reason = str(error).rstrip(".").replace(". ", ", ")
         raise CheckpointError(f"{file} cannot be loaded ({reason}); download it again.") from None
     assert isinstance(arrays, dict)
-    return arrays
+    assert isinstance(metadata, dict)
+    return arrays, metadata
 
 
 def some(names: Collection[str]) -> str:

@@ -97,9 +97,14 @@ def read_config(folder: Path) -> ModelConfig:
     Raises `CheckpointError` for a folder without config.json, another architecture, a missing value, a size that is
     not a positive integer, and values that contradict each other.
     """
-    generation_file = folder / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.exists() else {}
+    generation = read_generation(folder)
     return parse_config(read_json(folder / "config.json"), generation, folder)
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """generation_config.json of `folder`; empty where there is none."""
+    file = folder / "generation_config.json"
+    return read_json(file) if file.exists() else {}
 
 
 def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any], folder: Path) -> ModelConfig:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from qwen_mlx.checkpoint import CONV, Header, load_file, read_header, reform, some, weight_files
+from qwen_mlx.checkpoint import CONV, Header, load_file, load_with_metadata, read_header, reform, some, weight_files
 from qwen_mlx.config import read_json
 from qwen_mlx.errors import CheckpointError
 from qwen_mlx.load import check_tensors, quantize_like, set_weights, too_large_for_float16
@@ -202,6 +202,4 @@ def _check_config(file: Path) -> None:
 
 
 def _written_by_mlx(file: Path) -> bool:
-    load_file(file)  # says what is wrong with it
-    loaded = mx.load(str(file), return_metadata=True)
-    return isinstance(loaded, tuple) and loaded[1].get("format") == "mlx"
+    return load_with_metadata(file)[1].get("format") == "mlx"
