@@ -15,7 +15,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from qwen_mlx.cache.quantized_kv import quantized
 from qwen_mlx.config import parse_config
 from qwen_mlx.decoding.memory import device_limits
 from qwen_mlx.decoding.prefill import prefill
@@ -58,8 +57,7 @@ def measure(model: Qwen, length: int, step_size: int, kv_bits: int | None) -> di
     mx.reset_peak_memory()
     start = time.perf_counter()
     with device_limits():
-        cache = model.make_cache()
-        cache = cache if kv_bits is None else quantized(cache, kv_bits, model.config.text.head_dim)
+        cache = model.make_cache(kv_bits=kv_bits)
         mx.eval(prefill(model, tokens, cache, step_size=step_size))
     run = {
         "tokens": length,

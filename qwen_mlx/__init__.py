@@ -11,18 +11,36 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qwen_mlx.cache.prefix import PrefixStore
+    from qwen_mlx.decoding.prompt_file import load_prompt_cache, save_prompt_cache
+    from qwen_mlx.decoding.reuse import PromptCache
     from qwen_mlx.decoding.sampling import SamplingParams
     from qwen_mlx.generate import GenerationResponse, generate, stream_generate
     from qwen_mlx.load import load
 
 __version__ = "0.1.0"
-__all__ = ["GenerationResponse", "SamplingParams", "__version__", "generate", "load", "stream_generate"]
+__all__ = [
+    "GenerationResponse",
+    "PrefixStore",
+    "PromptCache",
+    "SamplingParams",
+    "__version__",
+    "generate",
+    "load",
+    "load_prompt_cache",
+    "save_prompt_cache",
+    "stream_generate",
+]
 
 _HOMES = {
     "GenerationResponse": "qwen_mlx.generate",
+    "PrefixStore": "qwen_mlx.cache.prefix",
+    "PromptCache": "qwen_mlx.decoding.reuse",
     "SamplingParams": "qwen_mlx.decoding.sampling",
     "generate": "qwen_mlx.generate",
     "load": "qwen_mlx.load",
+    "load_prompt_cache": "qwen_mlx.decoding.prompt_file",
+    "save_prompt_cache": "qwen_mlx.decoding.prompt_file",
     "stream_generate": "qwen_mlx.generate",
 }
 

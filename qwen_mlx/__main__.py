@@ -8,6 +8,7 @@ from qwen_mlx.cli import Parser, run
 
 VERBS = {
     "generate": "write a text with a Qwen3.5 model",
+    "cache_prompt": "compute the beginning of prompts once, into a file",
     "info": "tell what a model is, how it would run here, and the memory it takes",
     "perplexity": "measure how well a model predicts a text",
     "bench": "measure what the package is made of",
@@ -17,7 +18,7 @@ VERBS = {
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {verb:10} {what}" for verb, what in VERBS.items())
+    verbs = "\n".join(f"  {verb:12} {what}" for verb, what in VERBS.items())
     return f"usage: qwen-mlx VERB [options]\n\n{verbs}\n\nqwen-mlx VERB --help tells the options of a verb."
 
 

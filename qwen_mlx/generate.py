@@ -29,14 +29,16 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from qwen_mlx.cache.quantized_kv import BITS, quantized
-from qwen_mlx.chat.template import render
+from qwen_mlx.cache.prefix import PrefixStore
+from qwen_mlx.cache.quantized_kv import BITS
+from qwen_mlx.chat.template import CUT, render
 from qwen_mlx.cli import Parser, Progress, positive, read_prompt
 from qwen_mlx.config import TextConfig
 from qwen_mlx.decoding.autoregressive import decode
 from qwen_mlx.decoding.memory import device_limits
-from qwen_mlx.decoding.prefill import prefill
 from qwen_mlx.decoding.preflight import STEP_SIZES, check_memory
+from qwen_mlx.decoding.prompt_file import load_prompt_cache
+from qwen_mlx.decoding.reuse import PromptCache, Reuse
 from qwen_mlx.decoding.sampling import Sampler, SamplingParams, default_params
 from qwen_mlx.decoding.stop import StopStrings
 from qwen_mlx.errors import CheckpointError, PromptError, TokenizerError
@@ -62,6 +64,8 @@ class GenerationResponse:
     generation_tps: float
     peak_memory: float
     time_to_first_token: float
+    cached_tokens: int = 0  # of the prompt, those that were not computed again
+    reuse: str | None = None  # with a prefix store, in words: what it knew, and where the prompt parts from it
     finish_reason: str | None = None  # on the last: "stop" or "length"
 
 
@@ -75,6 +79,8 @@ def stream_generate(
     prefill_step_size: int | None = None,
     kv_bits: int | None = None,
     force: bool = False,
+    prefix_store: PrefixStore | None = None,
+    prompt_cache: PromptCache | None = None,
     progress: Callable[[int, int], None] | None = None,
     **sampling: Any,
 ) -> Iterator[GenerationResponse]:
@@ -86,13 +92,17 @@ def stream_generate(
     the memory there is. `kv_bits` (4 or 8) quantizes keys and values, those of the full-attention layers alone; on
     Metal a token is then not decoded through the compiled graph. The texts of all responses make up the answer.
 
+    What `prefix_store` has of the prompt's beginning is not computed again, and what is new goes into it.
+    `prompt_cache` holds the beginning already, and goes on: afterwards it holds the answer as well.
+
     A prompt of more tokens than the model's positions were made for is answered, with a warning; what bounds it is
     memory: MemoryLimitError where a count from the model's sizes says that both do not fit, unless `force`.
 
     Raises PromptError for a prompt that is empty, not Unicode, of messages without role or content, or refused by the
     template, CheckpointError for weights that are not numbers and for heads that cannot be quantized, TokenizerError
     for a tokenizer of another model, ValueError for a parameter out of range, `thinking` without messages or one that
-    is no bool, TypeError for a prompt of another kind and for an unknown keyword.
+    is no bool, for a store of another model and a prompt that does not begin as `prompt_cache` does, TypeError for a
+    prompt of another kind and for an unknown keyword.
     """
     known = [field.name for field in fields(SamplingParams)]
     if unknown := next((name for name in sampling if name not in known), None):
@@ -105,41 +115,58 @@ def stream_generate(
     params = replace(params or recommended_params(model, thinking=is_thinking), **sampling)
     sampler = Sampler(params, tokens, vocab_size=model.config.text.vocab_size, num_real_tokens=tokenizer.vocab_size)
     count = params.max_tokens if room is None else min(params.max_tokens, room)
-    plan = check_memory(model, len(tokens), count, step_size=prefill_step_size, kv_bits=kv_bits, force=force)
+    reuse = Reuse(model, tokens, prompt_cache, prefix_store, kv_bits=kv_bits)
+    plan = check_memory(
+        model,
+        len(tokens),
+        count,
+        step_size=prefill_step_size,
+        kv_bits=kv_bits,
+        force=force,
+        held=reuse.cache.nbytes,
+        store=prefix_store,
+    )
     with device_limits():
         mx.reset_peak_memory()
-        cache = model.make_cache()
-        if kv_bits is not None:
-            cache = quantized(cache, kv_bits, model.config.text.head_dim)
-        logits = prefill(model, tokens, cache, step_size=plan.step_size, progress=progress)
+        logits = reuse.read(model, tokenizer, step_size=plan.step_size, progress=progress)
         if not mx.isfinite(logits).all().item():
             broken = ", ".join(weights_with_nan(model)[:4]) or "the activations overflow; try dtype bfloat16 or float32"
             raise CheckpointError(f"The model's logits are not numbers: {broken}.")
         eos = {*model.config.eos_token_ids, tokenizer.eos_token_id}
         detokenizer, stops = tokenizer.detokenizer(skip_special_tokens=True), StopStrings(params.stop)
-        for n, (token, row) in enumerate(decode(model, logits, cache, sampler, count=count), start=1):
+        for n, (token, row) in enumerate(decode(model, logits, reuse.cache, sampler, count=count), start=1):
             now = time.perf_counter()
             if n == 1:
                 first = now
+            reuse.tokens.append(token)
             row = row.astype(mx.float32)
             text, met = ("", False) if token in eos else stops.feed(detokenizer.add(token))
             finish = "stop" if met or token in eos else "length" if n == count else None
             if finish and not met:
                 rest, met = stops.feed(detokenizer.finish())
                 text += rest + ("" if met else stops.flush())
-            yield GenerationResponse(
+            response = GenerationResponse(
                 text=text,
                 token=token,
                 logprobs=row - mx.logsumexp(row),
                 from_draft=False,
                 prompt_tokens=len(tokens),
-                prompt_tps=len(tokens) / (first - start),
+                prompt_tps=(len(tokens) - reuse.cached_tokens) / (first - start),
                 generation_tokens=n,
                 generation_tps=(n - 1) / (now - first) if n > 1 else 0.0,
                 peak_memory=mx.get_peak_memory() / 1e9,
                 time_to_first_token=first - start,
+                cached_tokens=reuse.cached_tokens,
+                reuse=reuse.in_words,
                 finish_reason=finish,
             )
+            if finish:
+                reuse.keep()
+            try:
+                yield response
+            except GeneratorExit:  # nobody wants more of it, and what there is may be wanted again
+                reuse.keep()
+                raise
             if finish:
                 return
 
@@ -169,6 +196,15 @@ def _prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, thinking: bool | None) 
     if thinking is not None:
         raise ValueError("thinking is a switch of the chat template, and only messages go through it: leave it out.")
     return tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
+
+
+def _behind(tokenizer: Tokenizer, prompt: str, *, raw: bool, thinking: bool | None) -> list[int]:
+    """The tokens of `prompt` and what the template puts behind it, where a prompt file has the message's beginning."""
+    if raw:
+        return tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": CUT + prompt}]
+    text = render(tokenizer.chat_template, messages, thinking=thinking, special_tokens=tokenizer.special_tokens)
+    return tokenizer.encode(text.partition(CUT)[2])
 
 
 def _token_ids(prompt: Any) -> list[int]:
@@ -212,6 +248,8 @@ def _check(model: Qwen, tokenizer: Tokenizer, tokens: list[int]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(arguments)
+    if args.prompt_cache_file and args.system_prompt is not None:
+        parser.error("--system-prompt stands before all else, in the prompt file: give it to qwen-mlx cache_prompt")
     given = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
     try:
         SamplingParams(**given)
@@ -233,10 +271,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loaded = time.perf_counter() - start
         if tokenizer.chat_template is None and not args.raw:
             raise PromptError("The model has no chat template; give --raw to continue the prompt as it stands.")
+        options = {name: getattr(args, name) for name in ("prefill_step_size", "kv_bits", "force")}
+        asked: Prompt = prompt if args.raw else messages
+        if args.prompt_cache_file:
+            known = load_prompt_cache(args.prompt_cache_file, model, tokenizer, kv_bits=args.kv_bits)
+            asked = known.tokens + _behind(tokenizer, prompt, raw=args.raw, thinking=thinking)
+            options |= {"prompt_cache": known}
+        elif not args.raw:
+            options |= {"thinking": thinking}
         with Progress("Prompt") as progress:
-            options = {name: getattr(args, name) for name in ("prefill_step_size", "kv_bits", "force")}
-            options |= {"progress": progress.update, "thinking": thinking}
-            for last in stream_generate(model, tokenizer, prompt if args.raw else messages, **options, **given):
+            options |= {"progress": progress.update}
+            for last in stream_generate(model, tokenizer, asked, **options, **given):
                 pieces.append(last.text)
                 if not args.json:
                     print(last.text, end="", flush=True)
@@ -280,6 +325,7 @@ def _parser() -> argparse.ArgumentParser:
         help="bits of keys and values, in the full-attention layers only; on Metal "
         "each token is then a graph built anew (default: as computed)",
     )
+    add("--prompt-cache-file", help="file of qwen-mlx cache_prompt; the prompt goes on where its text ends")
     add("--force", action="store_true", help="try a prompt that memory, by the count of its bytes, has no room for")
     add("--json", action="store_true", help="print one JSON object at the end instead of the text")
     add("--verbose", action="store_true", help="say on stderr how long it took")
@@ -302,7 +348,11 @@ def _report(last: GenerationResponse | None, loaded: float) -> dict[str, Any]:
         return {"finish_reason": "interrupted", "usage": None, "timings": None, "peak_memory_gb": None}
     return {
         "finish_reason": last.finish_reason or "interrupted",
-        "usage": {"prompt_tokens": last.prompt_tokens, "completion_tokens": last.generation_tokens},
+        "usage": {
+            "prompt_tokens": last.prompt_tokens,
+            "completion_tokens": last.generation_tokens,
+            "prompt_tokens_details": {"cached_tokens": last.cached_tokens},
+        },
         "timings": {
             "load_s": round(loaded, 4),
             "time_to_first_token_s": round(last.time_to_first_token, 4),
@@ -320,5 +370,6 @@ def _summary(last: GenerationResponse) -> str:
         f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.3f} tokens-per-sec\n"
         f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec\n"
         f"Peak memory: {last.peak_memory:.3f} GB\n"
-        f"Time to first token: {last.time_to_first_token:.3f} s"
+        f"Time to first token: {last.time_to_first_token:.3f} s\n"
+        f"Cached: {last.cached_tokens} of {last.prompt_tokens} prompt tokens"
     )

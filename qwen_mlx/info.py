@@ -122,7 +122,7 @@ def _sampling(config: ModelConfig, *, thinking: bool) -> dict[str, dict[str, Any
 
 def _told(plan: MemoryPlan, limit: int | None) -> dict[str, Any]:
     told = asdict(plan) | {"total": plan.total, "fits": limit is None or plan.total <= limit}
-    del told["others"]  # nothing is held when nothing is loaded
+    del told["others"], told["snapshots"]  # nothing is held when nothing is loaded, and one prompt keeps nothing
     return told
 
 

@@ -53,7 +53,7 @@ def load_model(folder: Path, *, dtype: str = "auto") -> Qwen:
     model = Qwen(config)
     quantize_like(folder, model, tensors)
     check_tensors(folder, model, tensors)
-    model.dtype = _choose_dtype(folder, dtype, tensors)
+    model.dtype, model.folder = _choose_dtype(folder, dtype, tensors), folder.absolute()
     set_weights(model, tensors, model.dtype)
     check_kernels(*kernel_sizes(config.text, model.dtype))
     return model

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qwen_mlx import SamplingParams, generate, load, stream_generate
+from qwen_mlx.cache.kv import KVCache
 from qwen_mlx.cache.sequence import SequenceCache
 from qwen_mlx.chat.template import render
 from qwen_mlx.config import ModelConfig, MoeConfig, Yarn
@@ -49,8 +50,8 @@ class ScriptedModel:
         self._reply = iter([*reply, *[TOKENIZER.eos_token_id] * 99])
         self._height = height
 
-    def make_cache(self) -> SequenceCache:
-        return SequenceCache([])
+    def make_cache(self, *, kv_bits: int | None = None) -> SequenceCache:
+        return SequenceCache([KVCache()])
 
     def parameters(self) -> dict[str, mx.array]:
         return {}
@@ -59,7 +60,8 @@ class ScriptedModel:
         self.prompt += np.array(tokens)[0].tolist()
         return tokens[..., None].astype(mx.float32)
 
-    def hidden(self, x: mx.array, cache: SequenceCache) -> mx.array:
+    def hidden(self, x: mx.array, cache: SequenceCache, *, marks: Sequence[int]) -> mx.array:
+        cache.layers[0].update(mx.zeros((2, 1, 1, x.shape[1], 1)))  # type: ignore[union-attr, call-arg, arg-type]
         return x
 
     def logits(self, hidden: mx.array) -> mx.array:

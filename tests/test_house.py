@@ -29,7 +29,7 @@ ORDER = [
     ["generate", "evaluation"],
     ["__init__"],
     ["server", "bench", "perplexity", "convert", "demo"],
-    ["upload", "info"],
+    ["upload", "info", "cache_prompt"],
     ["__main__"],
 ]
 LINE = {part: number for number, line in enumerate(ORDER) for part in line}

@@ -23,7 +23,7 @@ import numpy as np
 from qwen_mlx.cache.kv import KVCache
 from qwen_mlx.cache.quantized_kv import QuantizedKVCache
 from qwen_mlx.cache.recurrent import RecurrentCache
-from qwen_mlx.cache.sequence import SequenceCache, Snapshot
+from qwen_mlx.cache.sequence import SequenceCache
 from qwen_mlx.errors import PromptCacheError
 
 FORMAT = "qwen_mlx prompt cache 1"
@@ -45,7 +45,7 @@ class Fingerprint:
     dtype: str
 
 
-def save_prompt_cache(path: str | Path, cache: SequenceCache, tokens: Sequence[int], fingerprint: Fingerprint) -> None:
+def write_cache(path: str | Path, cache: SequenceCache, tokens: Sequence[int], fingerprint: Fingerprint) -> None:
     """Write `cache` and its `tokens`, all that it holds in order, to `path`, which appears when it is complete.
 
     Until then, and after an error or Ctrl-C, a file that was there stays as it was.
@@ -62,12 +62,12 @@ def save_prompt_cache(path: str | Path, cache: SequenceCache, tokens: Sequence[i
         raise ValueError("A prompt file holds one sequence without padding; give each row of a batch its own cache.")
     arrays, room = _filled(cache)
     arrays["tokens"] = mx.array(list(tokens), mx.uint32)
-    about = {"form": cache.snapshot().form, "room": room, "fingerprint": asdict(fingerprint)}
+    about = {"form": cache.form, "room": room, "fingerprint": asdict(fingerprint)}
     # The digest comes first, so that nothing which looks like it stands before it.
     _write(Path(path), {"sha256": NO_DIGEST, "format": FORMAT, "about": json.dumps(about)}, arrays)
 
 
-def load_prompt_cache(path: str | Path, cache: SequenceCache, fingerprint: Fingerprint) -> list[int]:
+def read_cache(path: str | Path, cache: SequenceCache, fingerprint: Fingerprint) -> list[int]:
     """Fill `cache`, which `make_cache` has just given, from `path`; returns the ids of the tokens it holds then.
 
     It goes on as the saved one would have, bit for bit, but for the way back over its last update.
@@ -94,7 +94,7 @@ def load_prompt_cache(path: str | Path, cache: SequenceCache, fingerprint: Finge
     except (ValueError, KeyError, TypeError):  # of a file that changes while it is read
         raise PromptCacheError(_damaged(path)) from None
     found = np.array(arrays.pop("tokens")).tolist()
-    cache.restore(_snapshot(cache, arrays, len(found), about["room"]))
+    _fill(cache, arrays, about["room"])
     return found
 
 
@@ -118,22 +118,19 @@ def _filled(cache: SequenceCache) -> tuple[dict[str, mx.array], int]:
     return arrays, room
 
 
-def _snapshot(cache: SequenceCache, arrays: dict[str, mx.array], tokens: int, room: int) -> Snapshot:
+def _fill(cache: SequenceCache, arrays: dict[str, mx.array], room: int) -> None:
     """Slabs get the room they had: a compiled step attends to all of it, and another length may round differently.
 
     `arrays` is emptied layer by layer, so that no more than one of them is in memory twice.
     """
-    layers: list[Any] = []
     for place, layer in enumerate(cache.layers):
         held = [arrays.pop(name) for name in _names(place, layer)]
         if isinstance(layer, RecurrentCache):
-            layers.append(tuple(held))
-            continue
-        rest = [mx.zeros((*a.shape[:3], room - tokens, a.shape[4]), a.dtype) for a in held]
-        slabs = [(mx.concatenate(list(pair), axis=3), tokens) for pair in zip(held, rest)]
-        mx.eval(slabs)
-        layers.append(tuple(slabs) if isinstance(layer, QuantizedKVCache) else slabs[0])
-    return Snapshot(tuple(layers), None, (), cache.snapshot().form)
+            conv_state, recurrent_state = held
+            layer.restore((conv_state, recurrent_state))
+        else:
+            layer.fill([held], room)
+            mx.eval(layer.arrays)
 
 
 def _write(path: Path, metadata: dict[str, str], arrays: Mapping[str, mx.array]) -> None:
@@ -229,7 +226,7 @@ def _refuse_another(path: Path, theirs: Fingerprint, ours: Fingerprint) -> None:
 
 def _refuse_another_form(path: Path, theirs: Sequence[str], cache: SequenceCache) -> None:
     """The model is the same one here; keys and values may be kept in other numbers of bits."""
-    for place, (other, mine) in enumerate(zip(theirs, cache.snapshot().form, strict=True)):
+    for place, (other, mine) in enumerate(zip(theirs, cache.form, strict=True)):
         if other != mine:
             raise PromptCacheError(
                 f"{path} was made with another kind of cache: layer {place} holds {other} there, and {mine} here; "

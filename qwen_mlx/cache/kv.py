@@ -4,6 +4,8 @@ Both lie in one slab, so that a token is written by one operation. Its halves, `
 that attention reads without a copy; `slab[0]` alone would gather one.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 SLAB = 256  # tokens: a slab grows by so many at a time, or by an eighth, and not with every token
@@ -29,6 +31,19 @@ class KVCache:
         """Let the slab, which holds something already, take one more token."""
         if self.slab is not None:
             self.slab = _with_room(self.slab, self.slab, self.offset, self.offset + 1)
+
+    def piece(self, start: int, end: int) -> list[mx.array]:
+        """What tokens `start` to `end` left, [2, B, Hkv, end - start, ...] for each of `arrays`, as copies."""
+        # Added to nothing: all of a slab would stay with its slice, and be written anew when the sequence goes on.
+        return [mx.concatenate([a[:, :, :, start:start], a[:, :, :, start:end]], axis=3) for a in self.arrays]
+
+    def fill(self, pieces: Sequence[Sequence[mx.array]], room: int) -> None:
+        """Hold `pieces`, one behind the other, in a slab with room for `room` tokens at least."""
+        (parts,) = zip(*pieces)
+        self.offset = sum(part.shape[3] for part in parts)
+        *front, _, D = parts[0].shape
+        rest = grown(0, max(room, self.offset)) - self.offset
+        self.slab = mx.concatenate([*parts, mx.zeros((*front, rest, D), parts[0].dtype)], axis=3)
 
     def snapshot(self) -> tuple[mx.array | None, int]:
         return self.slab, self.offset

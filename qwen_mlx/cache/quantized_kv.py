@@ -3,6 +3,7 @@
 What a token brings is quantized along its heads when it comes in, and never again. Knows no attention.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -55,6 +56,10 @@ class QuantizedKVCache(KVCache):
         for part in self._parts:
             part.make_room()
 
+    def fill(self, pieces: Sequence[Sequence[mx.array]], room: int) -> None:
+        for part, own in zip(self._parts, zip(*pieces)):
+            part.fill([[piece] for piece in own], room)
+
     def snapshot(self) -> tuple[tuple[mx.array | None, int], ...]:  # type: ignore[override]
         return tuple(part.snapshot() for part in self._parts)
 
@@ -83,6 +88,6 @@ def group_size(bits: int, head_dim: int) -> int:
 def quantized(cache: SequenceCache, bits: int, head_dim: int) -> SequenceCache:
     """`cache`, which is empty, with keys and values in `bits`; errors as `QuantizedKVCache` has them."""
     layers = [QuantizedKVCache(bits, head_dim) if isinstance(layer, KVCache) else layer for layer in cache.layers]
-    # What tells the caches of two models apart: these of theirs, and the bits.
-    sizes = [f"{words.partition(' of ')[2]}, keys and values in {bits} bits" for words in cache.snapshot().form]
-    return SequenceCache(layers, cache.left_padding, sizes)
+    sizes = [words.partition(" of ")[2] for words in cache.form]
+    kept = [f", {bits} bits kept" if isinstance(layer, QuantizedKVCache) else "" for layer in layers]
+    return SequenceCache(layers, cache.left_padding, [size + bits for size, bits in zip(sizes, kept)])

@@ -4,6 +4,7 @@ A state forgets what it was, so the last update is kept: the states before it, a
 that tape, and by which formula it is read, is not known here.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -33,14 +34,23 @@ class RecurrentCache:
     def __init__(self, conv_state: mx.array | None = None, recurrent_state: mx.array | None = None) -> None:
         self.conv_state = conv_state
         self.recurrent_state = recurrent_state
+        self.passed: Sequence[States] = ()
         self._before: States = (None, None)
         self._tokens = 0
         self._tape: Tape | None = None
 
-    def update(self, conv_state: mx.array, recurrent_state: mx.array, tokens: int, tape: Tape | None = None) -> None:
-        """Hold the states after `tokens` more tokens, and until the next update how to take them back."""
+    def update(
+        self,
+        conv_state: mx.array,
+        recurrent_state: mx.array,
+        tokens: int,
+        tape: Tape | None = None,
+        passed: Sequence[States] = (),
+    ) -> None:
+        """Hold the states after `tokens` more tokens, and until the next update how to take them back, and the states
+        that were `passed` on the way, at places that somebody asked for."""
         self._before, self._tokens, self._tape = (self.conv_state, self.recurrent_state), tokens, tape
-        self.conv_state, self.recurrent_state = conv_state, recurrent_state
+        self.conv_state, self.recurrent_state, self.passed = conv_state, recurrent_state, passed
 
     def can_rewind(self, n: int) -> bool:
         """Whether the last n tokens can be taken back: none, the whole last update, or with a tape a part of it."""
@@ -67,7 +77,7 @@ class RecurrentCache:
 
     def restore(self, snapshot: States) -> None:
         self.conv_state, self.recurrent_state = snapshot
-        self._before, self._tokens, self._tape = (None, None), 0, None
+        self._before, self._tokens, self._tape, self.passed = (None, None), 0, None, ()
 
     @property
     def arrays(self) -> list[mx.array]:

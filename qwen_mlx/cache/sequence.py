@@ -13,7 +13,8 @@ from qwen_mlx.cache.kv import KVCache
 from qwen_mlx.cache.recurrent import RecurrentCache, States
 
 CHECKPOINTS = 4
-"""How many a cache keeps. One is as large as the states of all recurrent layers: 18.6 MiB for the 0.8B."""
+"""How many a cache keeps, and all of the last update. One is as large as the states of all recurrent layers: 18.6 MiB
+for the 0.8B."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ class SequenceCache:
         self.layers = list(layers)
         self.left_padding = left_padding
         names = [type(layer).__name__ for layer in self.layers]
-        self._form = tuple(map(" of ".join, zip(names, sizes, strict=True)) if sizes else names)
-        self._checkpoints: tuple[Checkpoint, ...] = ()
+        self.form = tuple(map(" of ".join, zip(names, sizes, strict=True)) if sizes else names)
+        """For each layer in words, what it holds."""
+        self.checkpoints: tuple[Checkpoint, ...] = ()
+        """In the order of the sequence."""
 
     @property
     def offset(self) -> int:
@@ -61,6 +64,11 @@ class SequenceCache:
     def arrays(self) -> list[mx.array]:
         """Everything that the next token reads, for `mx.eval`."""
         return [array for layer in self.layers for array in layer.arrays]
+
+    @property
+    def remembered(self) -> list[mx.array]:
+        """The arrays of all checkpoints."""
+        return [array for point in self.checkpoints for states in point.states for array in states if array is not None]
 
     def make_room(self) -> None:
         """Let a cache that is not empty take one more token."""
@@ -80,9 +88,7 @@ class SequenceCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all that this cache keeps alive, what serves to go back included; what is shared counts once."""
-        held = [*self.arrays, *(array for layer in self._recurrent for array in layer.past)]
-        for point in self._checkpoints:
-            held += [array for states in point.states for array in states if array is not None]
+        held = [*self.arrays, *self.remembered, *(array for layer in self._recurrent for array in layer.past)]
         held += [] if self.left_padding is None else [self.left_padding]
         return sum({id(array): array.nbytes for array in held}.values())
 
@@ -125,14 +131,25 @@ class SequenceCache:
 
     def checkpoint(self) -> None:
         """Remember the recurrent states of this place, for `back_to_checkpoint`; the CHECKPOINTS newest are kept."""
-        point = Checkpoint(self.offset, tuple(layer.snapshot() for layer in self._recurrent))
-        others = [other for other in self._checkpoints if other.offset < point.offset]
-        self._checkpoints = (*others, point)[-CHECKPOINTS:]
+        self._remember([Checkpoint(self.offset, tuple(layer.snapshot() for layer in self._recurrent))])
+
+    def checkpoint_passed(self, offsets: Sequence[int]) -> None:
+        """Remember the places inside the last update at which it was asked to keep its states, all of them, in order.
+
+        Raises ValueError where it was asked for another number of them.
+        """
+        states = list(zip(*(layer.passed for layer in self._recurrent), strict=True))
+        self._remember([Checkpoint(*point) for point in zip(offsets, states, strict=True)])
+
+    def _remember(self, points: Sequence[Checkpoint]) -> None:
+        first = min((point.offset for point in points), default=self.offset + 1)
+        others = [other for other in self.checkpoints if other.offset < first]
+        self.checkpoints = (*others, *points)[-max(CHECKPOINTS, len(points)) :]
 
     def back_to_checkpoint(self, offset: int) -> None:
         """Be what this cache was at its last checkpoint at or before `offset`; without one it is empty again."""
         empty = Checkpoint(0, ((None, None),) * len(self._recurrent))
-        point = max((p for p in (empty, *self._checkpoints) if p.offset <= offset), key=lambda p: p.offset)
+        point = max((p for p in (empty, *self.checkpoints) if p.offset <= offset), key=lambda p: p.offset)
         for recurrent, states in zip(self._recurrent, point.states, strict=True):
             recurrent.restore(states)
         for layer in self.layers:
@@ -146,7 +163,7 @@ class SequenceCache:
         The way back over the last update is no part of it, checkpoints are.
         """
         layers = tuple(layer.snapshot() for layer in self.layers)
-        return Snapshot(layers, self.left_padding, self._checkpoints, self._form)
+        return Snapshot(layers, self.left_padding, self.checkpoints, self.form)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Be again what this cache was when `snapshot` was taken.
@@ -154,17 +171,22 @@ class SequenceCache:
         Raises ValueError for the snapshot of a model of other layers, shapes or dtype, and then changes nothing. Of
         two models that are alike in all of these it cannot tell one from the other.
         """
-        ours, theirs = self._form, snapshot.form
-        if len(ours) != len(theirs):
-            raise ValueError(f"The snapshot is of another model: it has {len(theirs)} layers, this cache {len(ours)}.")
-        for place, (mine, other) in enumerate(zip(ours, theirs)):
-            if mine != other:
-                raise ValueError(
-                    f"The snapshot is of another model: its layer {place} holds {other}, that of this cache {mine}."
-                )
+        self.check_form("snapshot", snapshot.form)
         for layer, state in zip(self.layers, snapshot.layers, strict=True):
             layer.restore(state)
-        self.left_padding, self._checkpoints = snapshot.left_padding, snapshot.checkpoints
+        self.left_padding, self.checkpoints = snapshot.left_padding, snapshot.checkpoints
+
+    def check_form(self, what: str, theirs: Sequence[str]) -> None:
+        """ValueError where `theirs`, the form of that `what`, is not this cache's."""
+        if len(self.form) != len(theirs):
+            raise ValueError(
+                f"The {what} is of another model: it has {len(theirs)} layers, this cache {len(self.form)}."
+            )
+        for place, (mine, other) in enumerate(zip(self.form, theirs)):
+            if mine != other:
+                raise ValueError(
+                    f"The {what} is of another model: its layer {place} holds {other}, that of this cache {mine}."
+                )
 
     @property
     def _recurrent(self) -> list[RecurrentCache]:
@@ -172,4 +194,4 @@ class SequenceCache:
 
     def _drop_checkpoints(self) -> None:
         """Those that lie ahead now: what comes there may be another text."""
-        self._checkpoints = tuple(point for point in self._checkpoints if point.offset <= self.offset)
+        self.checkpoints = tuple(point for point in self.checkpoints if point.offset <= self.offset)

@@ -19,6 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from qwen_mlx.errors import PromptError
 
 _NO_SPECIAL_TOKENS: Mapping[str, str] = {}
+CUT = "\x00cut\x00"
+"""Put into a message where the rendered prompt is to be cut in two."""
 
 
 def render(

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from qwen_mlx.cache.quantized_kv import QuantizedKVCache
 from qwen_mlx.cache.sequence import SequenceCache
 from qwen_mlx.decoding.sampling import Sampler
 from qwen_mlx.model.qwen import Qwen
@@ -17,13 +16,12 @@ def decode(
 
     The next step is on its way to the device while the caller deals with this token.
     """
-    compiled = not any(isinstance(layer, QuantizedKVCache) for layer in cache.layers)  # its graph does not know them
     token = sampler(logits)
     mx.async_eval(token)
     for remaining in range(count - 1, -1, -1):
         current, row = token, logits[0]
         if remaining:
-            logits = model.step(current[:, None], cache) if compiled else model(current[:, None], cache)[:, -1]
+            logits = model.step(current[:, None], cache)
             token = sampler(logits)
             mx.async_eval(token)
         if remaining % 256 == 0:

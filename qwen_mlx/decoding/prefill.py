@@ -14,12 +14,14 @@ def prefill(
     cache: SequenceCache,
     *,
     step_size: int,
+    marks: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> mx.array:
     """Logits [1, V] after `tokens`; the output matrix meets the last position only.
 
     `progress(done, total)` is called at the start and after every chunk of at most `step_size` tokens. Interrupted,
-    the cache holds the chunks that were finished. ValueError for a `step_size` below 1.
+    the cache holds the chunks that were finished. At the offsets `marks` it gets checkpoints, for which no chunk is
+    divided. ValueError for a `step_size` below 1.
     """
     if step_size < 1:
         raise ValueError(f"The prefill step_size must be at least 1 token, not {step_size!r}.")
@@ -27,8 +29,8 @@ def prefill(
         progress(0, len(tokens))
     for start in range(0, len(tokens), step_size):
         chunk = mx.array([list(tokens[start : start + step_size])])
-        hidden = model.hidden(model.embed(chunk), cache)
-        mx.eval(hidden, cache.arrays)
+        hidden = model.hidden(model.embed(chunk), cache, marks=marks)
+        mx.eval(hidden, cache.arrays, cache.remembered)
         mx.clear_cache()
         if progress:
             progress(start + chunk.size, len(tokens))

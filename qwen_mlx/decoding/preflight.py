@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from qwen_mlx.cache.prefix import PrefixStore
 from qwen_mlx.cache.quantized_kv import GROUPS
 from qwen_mlx.cache.sizes import kv_bytes_per_token, slab_tokens, state_bytes
 from qwen_mlx.config import FULL, TextConfig
 from qwen_mlx.decoding.memory import memory_limit
+from qwen_mlx.decoding.reuse import SPACING
 from qwen_mlx.errors import MemoryLimitError
 from qwen_mlx.kernels.backend import gpu_generation
 from qwen_mlx.load import parameters
@@ -35,11 +37,12 @@ class MemoryPlan:
     keys_values: int
     states: int  # and those before the last update, by which the cache goes back
     others: int  # what else MLX holds now: snapshots, other models
+    snapshots: int  # most that will be kept of this text for others
     prefill: int  # what one chunk takes while it is computed
 
     @property
     def total(self) -> int:
-        return self.weights + self.keys_values + self.states + self.others + self.prefill
+        return self.weights + self.keys_values + self.states + self.others + self.snapshots + self.prefill
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Request:
     dtype: mx.Dtype
     kv_bits: int | None = None
     others: int = 0
+    store_room: int = 0  # bytes that a prefix store still takes
 
     def plan(self, prompt: int, new: int, step_size: int) -> MemoryPlan:
         """For `prompt` tokens and `new` ones behind them. Errors of `kv_bits` as `QuantizedKVCache` has them."""
@@ -68,8 +72,14 @@ class Request:
             keys_values=slabs,
             states=2 * state_bytes(config, self.dtype),
             others=self.others,
+            snapshots=min(self.store_room, self._kept(prompt + new)),
             prefill=growing + max(count * self._bytes_per_chunk_token(keys) for count, keys in chunks),
         )
+
+    def _kept(self, tokens: int) -> int:
+        """Of a text by itself: keys and values once more, and states at its end and every SPACING tokens."""
+        states = (2 + tokens // SPACING) * state_bytes(self.config, self.dtype)
+        return tokens * kv_bytes_per_token(self.config, self.dtype, self.kv_bits) + states
 
     def _bytes_per_chunk_token(self, keys: int) -> int:
         """At the widest layer, with `keys` tokens in sight. The factors count arrays held at once, as measured."""
@@ -91,9 +101,20 @@ class Request:
 
 
 def check_memory(
-    model: Qwen, prompt: int, new: int, *, step_size: int | None = None, kv_bits: int | None = None, force: bool = False
+    model: Qwen,
+    prompt: int,
+    new: int,
+    *,
+    step_size: int | None = None,
+    kv_bits: int | None = None,
+    force: bool = False,
+    held: int = 0,
+    store: PrefixStore | None = None,
 ) -> MemoryPlan:
     """The plan for `prompt` tokens and `new` ones; without `step_size`, with the preferred chunk that fits.
+
+    `held`: bytes that the text's cache has now, which count as what they will be. A `store` gives up what it kept as
+    long as there is no room.
 
     Raises MemoryLimitError where it exceeds what the device allows, unless `force`; ValueError for a `step_size` below
     1; errors of `kv_bits` as `QuantizedKVCache` has them.
@@ -101,10 +122,14 @@ def check_memory(
     if step_size is not None and step_size < 1:
         raise ValueError(f"The prefill step_size must be at least 1 token, not {step_size!r}.")
     weights = sum(array.nbytes for array in parameters(model).values())
-    others = max(0, mx.get_active_memory() - weights)  # weights may not have been read yet
-    request = Request(model.config.text, weights, model.dtype, kv_bits, others)
     limit = memory_limit()
-    plan = choose_plan(request, prompt, new, limit, step_size)
+    while True:
+        others = max(0, mx.get_active_memory() - weights - held)  # weights may not have been read yet
+        room = max(0, store.max_bytes - store.nbytes) if store else 0
+        request = Request(model.config.text, weights, model.dtype, kv_bits, others, room)
+        plan = choose_plan(request, prompt, new, limit, step_size)
+        if limit is None or plan.total <= limit or not (store and store.drop()):
+            break
     if limit is not None and plan.total > limit and not force:
         raise MemoryLimitError(_refusal(request, plan, limit))
     return plan
@@ -135,6 +160,7 @@ def _refusal(request: Request, plan: MemoryPlan, limit: int) -> str:
         "keys and values": plan.keys_values,
         "states": plan.states,
         "what is held already": plan.others,
+        "what is kept for the next prompt": plan.snapshots,
         f"a chunk of {plan.step_size} tokens": plan.prefill,
     }
     numbers = ", ".join(f"{what} {_gigabytes(size)}" for what, size in parts.items() if size >= 5e6)

@@ -1,7 +1,7 @@
-"""What tells the models apart whose caches are kept in files: a `Fingerprint` of model, tokenizer and template.
+"""Prompts in files: a `PromptCache` with a `Fingerprint` of the model, tokenizer and template that it belongs to.
 
-In: a model folder, and what was loaded from it. Out: hashes that are made in a moment, since of the weights hardly
-anything is read. Files themselves are written and read in `qwen_mlx.cache.file`.
+In: what was loaded from a model folder. Out: files, and hashes that are made in a moment, since of the weights hardly
+anything is read. How a file is made up is known to `qwen_mlx.cache.file`.
 """
 
 import hashlib
@@ -9,8 +9,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from qwen_mlx.cache.file import Fingerprint
+from qwen_mlx.cache.file import Fingerprint, read_cache, write_cache
 from qwen_mlx.checkpoint import GAINS, Header, read_header, weight_files
+from qwen_mlx.decoding.reuse import PromptCache
 from qwen_mlx.errors import CheckpointError
 from qwen_mlx.model.qwen import Qwen
 from qwen_mlx.tokenizer import Tokenizer
@@ -19,12 +20,33 @@ SAMPLE = 64  # bytes from the middle of a tensor
 SAMPLES = 4096  # tensors at most that are looked into
 
 
-def fingerprint(folder: Path, model: Qwen, tokenizer: Tokenizer) -> Fingerprint:
-    """Of `model` and `tokenizer`, loaded from `folder`.
+def save_prompt_cache(path: str | Path, prompt: PromptCache, model: Qwen, tokenizer: Tokenizer) -> None:
+    """Write `prompt` to `path`, which appears when complete; errors as `write_cache` and `fingerprint` have them."""
+    write_cache(path, prompt.cache, prompt.tokens, fingerprint(model, tokenizer))
+
+
+def load_prompt_cache(
+    path: str | Path, model: Qwen, tokenizer: Tokenizer, *, kv_bits: int | None = None
+) -> PromptCache:
+    """What `save_prompt_cache` wrote, to go on with: `stream_generate(..., prompt_cache=...)`.
+
+    `kv_bits` as it was then. Raises PromptCacheError where the file is missing, damaged, or of another model,
+    tokenizer, template or number of bits; other errors as `fingerprint` has them.
+    """
+    cache = model.make_cache(kv_bits=kv_bits)
+    return PromptCache(read_cache(path, cache, fingerprint(model, tokenizer)), cache)
+
+
+def fingerprint(model: Qwen, tokenizer: Tokenizer) -> Fingerprint:
+    """Of a model and its tokenizer.
 
     The model's part is made of config.json, the sizes and headers of the weight files, and a few bytes of each tensor:
-    a fine-tuned model differs from its base in nothing else. Raises `CheckpointError` for files that cannot be read.
+    a fine-tuned model differs from its base in nothing else. Raises `CheckpointError` for files that cannot be read,
+    ValueError for a model that `load` did not make.
     """
+    folder = model.folder
+    if folder is None:
+        raise ValueError("This model was not loaded from a folder: nothing tells a prompt file of it from another's.")
     try:
         weights = weight_files(folder) + [file for file in [folder / GAINS] if file.exists()]
         parts = [(folder / "config.json").read_bytes()]

@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
         """The residual stream x [B, T, D] and what the layer before adds to it -> the same of this layer."""
         x, normed = self.input_layernorm.of_sum(x, update)
         if isinstance(cache, RecurrentCache):
-            mixed = self.linear_attn(normed, cache, span.tokens)
+            mixed = self.linear_attn(normed, cache, span.tokens, span.cuts)
         else:
             mixed = self.self_attn(normed, cache, span.attention, span.positions)
         x, normed = self.post_attention_layernorm.of_sum(x, mixed)

@@ -1,5 +1,6 @@
 """Linear attention by the gated delta rule (Yang et al. 2024, arXiv 2412.06464; `Qwen3_5GatedDeltaNet`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -43,10 +44,14 @@ class LayerTape:
 
     def states_after(self, n: int) -> tuple[mx.array, mx.array]:
         """Both states as they were after the first n of the T tokens, n at least 1."""
-        size = self.conv_state.shape[1]
-        new = self.columns[:, max(n - size, 0) : n]
-        window = mx.concatenate([self.conv_state[:, n:].astype(new.dtype), new], axis=1)
+        window = _window_after(self.conv_state, self.columns, n)
         return window, gated_delta_replay(self.state, self.delta_rule, n)
+
+
+def _window_after(conv_state: mx.array, columns: mx.array, n: int) -> mx.array:
+    """conv_state [B, K-1, Cn] after the first n, at least 1, of columns [B, T, Cn]."""
+    new = columns[:, max(n - conv_state.shape[1], 0) : n]
+    return mx.concatenate([conv_state[:, n:].astype(new.dtype), new], axis=1)
 
 
 class GatedDeltaNet(nn.Module):
@@ -70,11 +75,14 @@ class GatedDeltaNet(nn.Module):
         self._qkv_and_z = JointProjection("in_proj_qkv", "in_proj_z")
         self._a_and_b = JointProjection("in_proj_a", "in_proj_b")
 
-    def __call__(self, x: mx.array, cache: RecurrentCache, tokens: mx.array | None) -> mx.array:
-        """x [B, T, D] -> [B, T, D]; `tokens` bool [B, T], False on left padding."""
+    def __call__(
+        self, x: mx.array, cache: RecurrentCache, tokens: mx.array | None, cuts: Sequence[int] = ()
+    ) -> mx.array:
+        """x [B, T, D] -> [B, T, D]; `tokens` bool [B, T], False on left padding; after `cuts` the cache gets the states
+        too."""
         B, T, _ = x.shape
         conv_state, state = before = self._states(cache, B, x.dtype)
-        tape = None
+        tape, passed = None, []
         if T == 1 and tokens is None and step_is_fused(conv_state, state):
             (qkv, z), (_, z_start) = self._qkv_and_z.as_they_lie(self, x)
             (a, b), (_, b_start) = self._a_and_b.as_they_lie(self, x)
@@ -92,15 +100,16 @@ class GatedDeltaNet(nn.Module):
                 mask=tokens,
             )
             heads = (B, T, self.num_value_heads, self.value_dim)
-            rule = (q, k, v.reshape(heads), *self._gates(x), state)
-            if 1 < T <= SCAN_TOKENS:
-                o, state, delta_rule = gated_delta_scan(*rule)
-                columns = qkv if tokens is None else mx.where(tokens[..., None], qkv, 0)
+            columns = qkv if tokens is None else mx.where(tokens[..., None], qkv, 0)
+            rule = (q, k, v.reshape(heads), *self._gates(x))
+            if 1 < T <= SCAN_TOKENS and not cuts:
+                o, state, delta_rule = gated_delta_scan(*rule, state)
                 tape = LayerTape(*before, columns, delta_rule)
             else:
-                o, state = gated_delta_rule(*rule)
+                o, state, states = _in_pieces(rule, state, cuts)
+                passed = [(_window_after(before[0], columns, n), s) for n, s in zip(cuts, states)]
             y = self.norm(o, z.reshape(heads)).reshape(B, T, -1)
-        cache.update(conv_state, state, T, tape)
+        cache.update(conv_state, state, T, tape, passed)
         return self.out_proj(y)
 
     def _gates(self, x: mx.array) -> tuple[mx.array, mx.array]:
@@ -116,3 +125,20 @@ class GatedDeltaNet(nn.Module):
             mx.zeros((batch, taps - 1, channels), dtype),
             mx.zeros((batch, self.num_value_heads, self.value_dim, self.key_dim), mx.float32),
         )
+
+
+def _in_pieces(
+    rule: tuple[mx.array, mx.array, mx.array, mx.array, mx.array], state: mx.array, cuts: Sequence[int]
+) -> tuple[mx.array, mx.array, list[mx.array]]:
+    """The delta rule over all T tokens: o [B, T, Hv, Dv], the state behind them, and those after `cuts`."""
+    if not cuts:
+        o, state = gated_delta_rule(*rule, state)
+        return o, state, []
+    outputs, states, start = [], [], 0
+    for end in (*cuts, rule[0].shape[1]):
+        q, k, v, g, beta = (y[:, start:end] for y in rule)
+        o, state = gated_delta_rule(q, k, v, g, beta, state)
+        outputs.append(o)
+        states.append(state)
+        start = end
+    return mx.concatenate(outputs, axis=1), state, states[:-1]

@@ -1,12 +1,14 @@
 """The text model: token ids to logits in three steps, `embed`, `hidden`, `logits`."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from weakref import proxy
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from qwen_mlx.cache.kv import KVCache
+from qwen_mlx.cache.quantized_kv import QuantizedKVCache, quantized
 from qwen_mlx.cache.recurrent import RecurrentCache
 from qwen_mlx.cache.sequence import SequenceCache
 from qwen_mlx.config import FULL, ModelConfig
@@ -23,18 +25,23 @@ class Qwen(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.dtype = mx.float32  # of the activations; `load` sets it
+        self.dtype = mx.float32  # of the activations; `load` sets it, and where it found the model
+        self.folder: Path | None = None
         self.model = Decoder(config.text)
         self._compiled_step: CompiledStep | None = None
         if not config.text.tie_word_embeddings:
             self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size)
 
-    def make_cache(self, left_padding: Sequence[int] | None = None) -> SequenceCache:
-        """An empty cache; `left_padding` counts the padding tokens in front of each row of the batch."""
+    def make_cache(self, left_padding: Sequence[int] | None = None, *, kv_bits: int | None = None) -> SequenceCache:
+        """An empty cache; `left_padding` counts the padding tokens in front of each row of the batch.
+
+        `kv_bits` (4 or 8) quantizes keys and values; errors as `QuantizedKVCache` has them.
+        """
         kinds = self.config.text.layer_types
         layers = [KVCache() if kind == FULL else RecurrentCache() for kind in kinds]
         padding = None if left_padding is None else mx.array(list(left_padding))
-        return SequenceCache(layers, padding, [self._size_in_words(kind) for kind in kinds])
+        cache = SequenceCache(layers, padding, [self._size_in_words(kind) for kind in kinds])
+        return cache if kv_bits is None else quantized(cache, kv_bits, self.config.text.head_dim)
 
     def _size_in_words(self, layer_type: str) -> str:
         text, dtype = self.config.text, str(self.dtype).removeprefix("mlx.core.")
@@ -49,13 +56,23 @@ class Qwen(nn.Module):
         """tokens [B, T] -> [B, T, D]"""
         return self.model.embed_tokens(tokens).astype(self.dtype)
 
-    def hidden(self, x: mx.array, cache: SequenceCache, positions: mx.array | None = None) -> mx.array:
+    def hidden(
+        self, x: mx.array, cache: SequenceCache, positions: mx.array | None = None, *, marks: Sequence[int] = ()
+    ) -> mx.array:
         """x [B, T, D] -> hidden states after the final norm, [B, T, D]; the cache takes the T tokens in.
 
         `positions` [3, B, T] (time, height, width) where images make them differ from the place in the sequence.
+        Of ascending offsets, `marks`, the cache makes checkpoints where the T tokens reach or pass them.
         """
-        span = make_span(x.shape[1], cache.offset, left_padding=cache.left_padding, positions=positions)
-        return self.model(x, cache.layers, span)
+        start, end = cache.offset, cache.offset + x.shape[1]
+        inside = [mark for mark in marks if start < mark < end]
+        cuts = [mark - start for mark in inside]
+        span = make_span(x.shape[1], start, left_padding=cache.left_padding, positions=positions, cuts=cuts)
+        hidden = self.model(x, cache.layers, span)
+        cache.checkpoint_passed(inside)
+        if end in marks:
+            cache.checkpoint()
+        return hidden
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden [B, T, D] -> [B, T, V], padding rows of the vocabulary included."""
@@ -65,8 +82,9 @@ class Qwen(nn.Module):
 
     def step(self, tokens: mx.array, cache: SequenceCache) -> mx.array:
         """One more token for each row behind what `cache` holds: tokens [B, 1] -> logits [B, V]."""
-        # Without Metal, compiling needs a C++ compiler; an empty cache has no states that could go into the graph.
-        if gpu_generation() is None or cache.offset == 0:
+        # Without Metal, compiling needs a C++ compiler; an empty cache has no states that could go into the graph, and
+        # the graph does not know quantized keys and values.
+        if gpu_generation() is None or cache.offset == 0 or any(isinstance(c, QuantizedKVCache) for c in cache.layers):
             return self(tokens, cache)[:, -1]
         if self._compiled_step is None:
             mx.eval(self.parameters())

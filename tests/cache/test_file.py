@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 
 from qwen_mlx.cache import file as module
-from qwen_mlx.cache.file import Fingerprint, load_prompt_cache, save_prompt_cache
+from qwen_mlx.cache.file import Fingerprint, read_cache, write_cache
 from qwen_mlx.cache.kv import SLAB
-from qwen_mlx.cache.quantized_kv import quantized
 from qwen_mlx.cache.sequence import SequenceCache
 from qwen_mlx.checkpoint import read_header
 from qwen_mlx.errors import PromptCacheError
@@ -39,7 +38,7 @@ def save(path: Path, model: Qwen, count: int = 20, cache: SequenceCache | None =
     """A prompt of `count` tokens, in a cache and in a file."""
     cache, tokens = cache or model.make_cache(), prompt(count)
     model(tokens, cache)
-    save_prompt_cache(path, cache, tokens[0].tolist(), MINE)
+    write_cache(path, cache, tokens[0].tolist(), MINE)
     return path, cache, tokens[0].tolist()
 
 
@@ -52,7 +51,7 @@ def refused(path: Path, model: Qwen, words: str, mine: Fingerprint = MINE) -> No
     """Loading is refused in one sentence, and the cache is what it was."""
     cache = model.make_cache()
     with pytest.raises(PromptCacheError, match=words) as caught:
-        load_prompt_cache(path, cache, mine)
+        read_cache(path, cache, mine)
     assert re.fullmatch(r"[^\n]*[^.]\.", str(caught.value))
     assert (cache.offset, cache.arrays) == (0, [])
 
@@ -65,7 +64,7 @@ def test_a_reloaded_cache_goes_on_as_if_it_had_never_left_memory(
     model = model_of(variant, dtype)
     path, cache, tokens = save(tmp_path / "prompt.safetensors", model)
     reloaded = model.make_cache()
-    assert load_prompt_cache(path, reloaded, MINE) == tokens
+    assert read_cache(path, reloaded, MINE) == tokens
     assert reloaded.offset == 20
     assert [a.dtype for a in reloaded.arrays] == [a.dtype for a in cache.arrays]
     assert same(contents(reloaded), contents(cache))
@@ -91,22 +90,22 @@ def greedy_float32(model: Qwen, cache: SequenceCache, first: int) -> tuple[list[
 def test_every_length(count: int, tmp_path: Path, model: Qwen) -> None:
     path, cache, tokens = save(tmp_path / "prompt.safetensors", model, count)
     reloaded = model.make_cache()
-    assert load_prompt_cache(path, reloaded, MINE) == tokens
+    assert read_cache(path, reloaded, MINE) == tokens
     goes_on_alike(model, reloaded, cache)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_keys_and_values(bits: int, tmp_path: Path, model: Qwen) -> None:
-    made = (quantized(model.make_cache(), bits, model.config.text.head_dim) for _ in range(2))
+    made = (model.make_cache(kv_bits=bits) for _ in range(2))
     path, cache, _ = save(tmp_path / "prompt.safetensors", model, 300, next(made))
     reloaded = next(made)
-    load_prompt_cache(path, reloaded, MINE)
+    read_cache(path, reloaded, MINE)
     assert same(contents(reloaded), contents(cache))
     goes_on_alike(model, reloaded, cache)
 
 
 def test_keys_and_values_in_other_bits_are_refused(tmp_path: Path, model: Qwen) -> None:
-    cache = quantized(model.make_cache(), 8, model.config.text.head_dim)
+    cache = model.make_cache(kv_bits=8)
     path, _, _ = save(tmp_path / "prompt.safetensors", model, cache=cache)
     refused(path, model, "layer 0 holds .* in 8 bits there, and .* in float32 here; give the same kv_bits")
 
@@ -116,7 +115,7 @@ def test_what_was_taken_back_is_not_in_the_file(tmp_path: Path, model: Qwen) -> 
     model(tokens, cache)
     model(prompt(9), cache)
     cache.rewind(9)
-    save_prompt_cache(tmp_path / "one", cache, tokens[0].tolist(), MINE)
+    write_cache(tmp_path / "one", cache, tokens[0].tolist(), MINE)
     save(tmp_path / "other", model)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
 
@@ -128,7 +127,7 @@ def test_the_slab_has_the_room_it_had(tmp_path: Path, model: Qwen) -> None:
     cache.rewind(2 * SLAB + 9)
     path, _, _ = save(tmp_path / "prompt.safetensors", model, cache=cache)
     reloaded = model.make_cache()
-    load_prompt_cache(path, reloaded, MINE)
+    read_cache(path, reloaded, MINE)
     assert [a.shape for a in reloaded.arrays] == [a.shape for a in cache.arrays]
     assert reloaded.arrays[-1].shape[3] == 3 * SLAB
     goes_on_alike(model, reloaded, cache)
@@ -162,12 +161,12 @@ def test_in_a_fresh_process(
 import sys
 from pathlib import Path
 import numpy as np
-from qwen_mlx.cache.file import load_prompt_cache
+from qwen_mlx.cache.file import read_cache
 from qwen_mlx.load import load_model
 from tests.cache.test_file import MINE, greedy_float32
 model = load_model(Path(sys.argv[1]), dtype={dtype!r})
 cache = model.make_cache()
-tokens = load_prompt_cache(sys.argv[2], cache, MINE)
+tokens = read_cache(sys.argv[2], cache, MINE)
 found, logits = greedy_float32(model, cache, 5)
 np.savez(sys.argv[3], tokens=tokens, found=found, logits=logits)
 """
@@ -194,7 +193,7 @@ def test_a_byte_that_changed_is_refused(saved: Saved, model: Qwen) -> None:
             path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
             refused(path, model, "damaged|no prompt file")
     path.write_bytes(whole)
-    assert load_prompt_cache(path, model.make_cache(), MINE) == saved[2]
+    assert read_cache(path, model.make_cache(), MINE) == saved[2]
 
 
 def test_a_file_of_another_length_is_refused(saved: Saved, model: Qwen) -> None:
@@ -254,15 +253,15 @@ def test_all_that_differs_is_named(saved: Saved, model: Qwen) -> None:
 
 
 def test_a_folder_of_another_name_is_the_same_model(saved: Saved, model: Qwen) -> None:
-    assert load_prompt_cache(saved[0], model.make_cache(), replace(MINE, name="moved")) == saved[2]
+    assert read_cache(saved[0], model.make_cache(), replace(MINE, name="moved")) == saved[2]
 
 
 def test_text_of_any_kind_in_the_name(tmp_path: Path, model: Qwen) -> None:
     """The digest is put in where it belongs, and not into what looks like its place."""
     cache, named = model.make_cache(), replace(MINE, name="Köln \U0001f600 " + module.NO_DIGEST)
     model(prompt(3), cache)
-    save_prompt_cache(tmp_path / "a", cache, [1, 2, 3], named)
-    assert load_prompt_cache(tmp_path / "a", model.make_cache(), named) == [1, 2, 3]
+    write_cache(tmp_path / "a", cache, [1, 2, 3], named)
+    assert read_cache(tmp_path / "a", model.make_cache(), named) == [1, 2, 3]
 
 
 def test_there_is_no_file(tmp_path: Path, model: Qwen) -> None:
@@ -300,7 +299,7 @@ def test_a_folder_that_may_not_be_written_to(saved: Saved, model: Qwen) -> None:
     before = path.read_bytes()
     path.parent.chmod(0o500)
     with as_nobody(), pytest.raises(PromptCacheError, match=r"cannot be written \(Permission denied\)"):
-        save_prompt_cache(path, cache, tokens, MINE)
+        write_cache(path, cache, tokens, MINE)
     path.parent.chmod(0o700)
     assert path.read_bytes() == before
 
@@ -363,7 +362,7 @@ def test_a_write_that_ends_early_leaves_the_old_file(
 
 def test_a_write_replaces_the_old_file(saved: Saved, model: Qwen) -> None:
     _, _, tokens = save(saved[0], model, 30)
-    assert load_prompt_cache(saved[0], model.make_cache(), MINE) == tokens
+    assert read_cache(saved[0], model.make_cache(), MINE) == tokens
     assert os.listdir(saved[0].parent) == [saved[0].name]
 
 
@@ -385,7 +384,7 @@ def test_what_cannot_be_saved(
     if fed:
         model(prompt(fed, rows), cache)
     with pytest.raises(ValueError, match=words):
-        save_prompt_cache(tmp_path / "prompt.safetensors", cache, list(range(told)), MINE)
+        write_cache(tmp_path / "prompt.safetensors", cache, list(range(told)), MINE)
     assert os.listdir(tmp_path) == []
 
 
@@ -393,10 +392,10 @@ def test_only_an_empty_cache_is_loaded_into(saved: Saved, model: Qwen) -> None:
     path, cache, _ = saved
     before = contents(cache)
     with pytest.raises(ValueError, match="into an empty cache without padding"):
-        load_prompt_cache(path, cache, MINE)
+        read_cache(path, cache, MINE)
     assert same(contents(cache), before)
     with pytest.raises(ValueError, match="into an empty cache without padding"):
-        load_prompt_cache(path, model.make_cache([0]), MINE)
+        read_cache(path, model.make_cache([0]), MINE)
 
 
 def test_the_same_cache_gives_the_same_bytes(saved: Saved, model: Qwen, tmp_path: Path) -> None:
@@ -407,11 +406,11 @@ def test_the_same_cache_gives_the_same_bytes(saved: Saved, model: Qwen, tmp_path
 def test_a_cache_can_be_saved_loaded_and_saved(saved: Saved, model: Qwen, tmp_path: Path) -> None:
     path, _, tokens = saved
     reloaded = model.make_cache()
-    load_prompt_cache(path, reloaded, MINE)
+    read_cache(path, reloaded, MINE)
     more, _ = greedy(model, reloaded, 5, first=7)
-    save_prompt_cache(tmp_path / "again", reloaded, [*tokens, 7, *more[:-1]], MINE)
+    write_cache(tmp_path / "again", reloaded, [*tokens, 7, *more[:-1]], MINE)
     last = model.make_cache()
-    assert load_prompt_cache(tmp_path / "again", last, MINE) == [*tokens, 7, *more[:-1]]
+    assert read_cache(tmp_path / "again", last, MINE) == [*tokens, 7, *more[:-1]]
     goes_on_alike(model, last, reloaded)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from qwen_mlx import generate, load
 from qwen_mlx.cache.kv import SLAB, KVCache
-from qwen_mlx.cache.quantized_kv import QuantizedKVCache, quantized
+from qwen_mlx.cache.quantized_kv import QuantizedKVCache
 from qwen_mlx.decoding.autoregressive import decode
 from qwen_mlx.decoding.prefill import prefill
 from qwen_mlx.decoding.sampling import Sampler, SamplingParams
@@ -99,8 +99,7 @@ def test_restored_and_rewound_it_is_what_it_was() -> None:
 
 def run(model: Qwen, ids: mx.array, bits: int | None) -> mx.array:
     """Logits [T, V], a few tokens at a time, so that almost all keys are seen as they are kept."""
-    cache = model.make_cache()
-    cache = cache if bits is None else quantized(cache, bits, model.config.text.head_dim)
+    cache = model.make_cache(kv_bits=bits)
     logits = mx.concatenate([model(ids[None, i : i + 8], cache)[0] for i in range(0, ids.size, 8)])
     mx.eval(logits)
     return logits
@@ -133,7 +132,7 @@ def test_on_metal_the_compiled_step_is_left_out(
     monkeypatch.setattr(qwen, "gpu_generation", lambda: 16)
     model = model_of("a-r1-d32", "float32")
     monkeypatch.setattr(model, "step", None)  # it would fail
-    cache = quantized(model.make_cache(), 8, 64)
+    cache = model.make_cache(kv_bits=8)
     sampler = Sampler(SamplingParams(), [], vocab_size=384, num_real_tokens=352)
     assert len(list(decode(model, prefill(model, [1, 2, 3], cache, step_size=2), cache, sampler, count=4))) == 4
     assert cache.offset == 6
@@ -152,6 +151,6 @@ def test_heads_that_no_group_divides_are_refused() -> None:
 
 def test_a_snapshot_of_other_bits_is_refused(model_of: Callable[[str, str], Qwen]) -> None:
     model = model_of("a-r1-d32", "float32")
-    caches = [quantized(model.make_cache(), bits, 64) for bits in (4, 8)]
+    caches = [model.make_cache(kv_bits=bits) for bits in (4, 8)]
     with pytest.raises(ValueError, match="another model"):
         caches[0].restore(caches[1].snapshot())

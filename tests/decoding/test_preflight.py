@@ -13,7 +13,6 @@ from mlx.utils import tree_flatten
 
 from qwen_mlx import generate, load
 from qwen_mlx.cache.kv import KVCache, grown
-from qwen_mlx.cache.quantized_kv import quantized
 from qwen_mlx.cache.sizes import kv_bytes_per_token, slab_tokens, state_bytes
 from qwen_mlx.cli import run
 from qwen_mlx.config import parse_config
@@ -52,9 +51,7 @@ def measured(model: Qwen, tokens: list[int], step_size: int, kv_bits: int | None
     """Bytes at the peak of a prefill and NEW tokens, weights included; what others hold is not."""
 
     def work() -> None:
-        cache = model.make_cache()
-        if kv_bits:
-            cache = quantized(cache, kv_bits, model.config.text.head_dim)
+        cache = model.make_cache(kv_bits=kv_bits)
         sampler = Sampler(SamplingParams(), tokens, vocab_size=384, num_real_tokens=352)
         logits = prefill(model, tokens, cache, step_size=step_size)
         list(decode(model, logits, cache, sampler, count=NEW))

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from qwen_mlx import load
-from qwen_mlx.cache.file import Fingerprint, load_prompt_cache, save_prompt_cache
+from qwen_mlx.cache.file import Fingerprint, read_cache, write_cache
 from qwen_mlx.checkpoint import read_header
 from qwen_mlx.decoding.prompt_file import fingerprint
 from qwen_mlx.errors import CheckpointError, PromptCacheError
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def of(folder: Path, dtype: str = "float32") -> Fingerprint:
-    return fingerprint(folder, *load(folder, dtype=dtype))
+    return fingerprint(*load(folder, dtype=dtype))
 
 
 def differ(one: Fingerprint, other: Fingerprint) -> list[str]:
@@ -81,23 +81,23 @@ def test_another_dtype(folder: Path) -> None:
 
 
 def test_other_names_of_tensors_are_another_model(folder: Path) -> None:
-    before, file = fingerprint(folder, *load(folder)), folder / "model.safetensors"
+    before, file = fingerprint(*load(folder)), folder / "model.safetensors"
     arrays = dict(mx.load(str(file)))
     mx.eval(arrays)
     mx.save_safetensors(str(file), arrays, {"format": "mlx", "written": "anew, with a header of another length"})
     model, tokenizer = load(folder)
-    assert differ(fingerprint(folder, model, tokenizer), before) == ["model"]
+    assert differ(fingerprint(model, tokenizer), before) == ["model"]
 
 
 def test_exact_gains_belong_to_the_model(folder: Path) -> None:
     model, tokenizer = load(folder, dtype="float32")
-    before, gains = fingerprint(folder, model, tokenizer), folder / "qwen_mlx" / "gains.safetensors"
+    before, gains = fingerprint(model, tokenizer), folder / "qwen_mlx" / "gains.safetensors"
     if gains.exists():
         gains.unlink()
     else:
         gains.parent.mkdir()
         mx.save_safetensors(str(gains), {"a": mx.zeros((3,))})
-    assert differ(fingerprint(folder, model, tokenizer), before) == ["model"]
+    assert differ(fingerprint(model, tokenizer), before) == ["model"]
 
 
 def test_a_moved_folder_is_the_same_model(folder: Path) -> None:
@@ -126,17 +126,17 @@ def test_a_file_that_is_gone(name: str, folder: Path) -> None:
     model, tokenizer = load(folder, dtype="float32")
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match=r"No such file|holds no model\*.safetensors"):
-        fingerprint(folder, model, tokenizer)
+        fingerprint(model, tokenizer)
 
 
 def test_another_model_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
     model, tokenizer = load(folder, dtype="float32")
     cache, tokens = model.make_cache(), tokenizer.encode("Once upon a time")
     mx.eval(model(mx.array([tokens]), cache))
-    save_prompt_cache(tmp_path / "prompt.safetensors", cache, tokens, fingerprint(folder, model, tokenizer))
+    write_cache(tmp_path / "prompt.safetensors", cache, tokens, fingerprint(model, tokenizer))
     fine_tune(folder)
     other = folder.rename(folder.with_name("tuned"))
     model, tokenizer = load(other, dtype="float32")
     words = "was made with demo in float32, and this is tuned in float32: they differ in model;"
     with pytest.raises(PromptCacheError, match=words):
-        load_prompt_cache(tmp_path / "prompt.safetensors", model.make_cache(), fingerprint(other, model, tokenizer))
+        read_cache(tmp_path / "prompt.safetensors", model.make_cache(), fingerprint(model, tokenizer))

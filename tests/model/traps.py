@@ -239,9 +239,9 @@ def state_forgotten(model: Qwen, patch: Patch) -> None:
 def state_not_stored(model: Qwen, patch: Patch) -> None:
     call = GatedDeltaNet.__call__
 
-    def stale(self: GatedDeltaNet, x: mx.array, cache: RecurrentCache, tokens: mx.array | None) -> mx.array:
+    def stale(self: GatedDeltaNet, x: mx.array, cache: RecurrentCache, *rest: Any) -> mx.array:
         before = cache.snapshot()
-        out = call(self, x, cache, tokens)
+        out = call(self, x, cache, *rest)
         if before[0] is not None:
             cache.restore(before)
         return out

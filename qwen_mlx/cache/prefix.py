@@ -1,0 +1,205 @@
+"""Prompts met before: what a new one shares with them at its beginning is taken from here and not computed again.
+
+A tree of pieces. A piece has the keys and values of some tokens, which stand behind those of the piece before, and the
+recurrent states after its last token: texts that begin alike share the pieces they have in common, and going on is
+possible wherever a piece ends. Knows token ids, no text and no model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from qwen_mlx.cache.recurrent import RecurrentCache, States
+from qwen_mlx.cache.sequence import SequenceCache
+
+MAX_BYTES = 2 << 30
+"""Of the 0.8B in bfloat16 enough for 60,000 tokens, with states kept every 2,048 of them."""
+
+
+@dataclass(frozen=True)
+class PrefixMatch:
+    """How a prompt relates to the one that is kept and agrees with it the longest."""
+
+    cached: int  # tokens that need not be computed
+    common: int  # tokens at the beginning of both
+    kept: int | None  # the token that stands behind these in what is kept; None where it ends
+
+
+@dataclass(eq=False)
+class _Piece:
+    """`tokens` [n] behind those of `before`; without states where these were given up and others need the rest."""
+
+    tokens: np.ndarray
+    end: int
+    before: _Piece | None = None
+    keys_values: list[list[mx.array]] = field(default_factory=list)  # for each full-attention layer, [2, 1, Hkv, n, ..]
+    states: tuple[States, ...] | None = None
+    used: int = 0
+    after: list[_Piece] = field(default_factory=list)
+
+    def common(self, tokens: np.ndarray) -> int:
+        """How many of its tokens stand in `tokens`, in its place."""
+        theirs = tokens[self.end - len(self.tokens) : self.end]
+        differ = np.flatnonzero(self.tokens[: len(theirs)] != theirs)
+        return int(differ[0]) if differ.size else len(theirs)
+
+    @property
+    def nbytes(self) -> int:
+        states = [a for pair in self.states or () for a in pair if a is not None]
+        return sum(a.nbytes for a in [*states, *(a for layer in self.keys_values for a in layer)])
+
+
+class PrefixStore:
+    """What the caches of `model` held at their checkpoints, at most `max_bytes` of it: the least recently used goes.
+
+    Everything is a copy, and nothing a cache does later touches it. Not for several threads at once.
+    """
+
+    def __init__(self, model: object, max_bytes: int = MAX_BYTES) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes must be 0 or more, not {max_bytes!r}.")
+        self._model = weakref.ref(model)
+        self.max_bytes = max_bytes
+        self._root = _Piece(np.empty(0, np.int64), 0)
+        self._form: tuple[str, ...] | None = None
+        self._clock = 0
+
+    @property
+    def model(self) -> object:
+        """Whose caches these are; None when it is gone."""
+        return self._model()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self._pieces())
+
+    def restore(self, tokens: Sequence[int], cache: SequenceCache) -> PrefixMatch:
+        """Let `cache`, which is empty, hold as much of the beginning of `tokens` as is kept, but never all of it: the
+        last token is left, whose logits are wanted.
+
+        Raises ValueError, and changes nothing, for a cache that is not empty, or of another form than those kept.
+        """
+        if cache.offset or cache.left_padding is not None:
+            raise ValueError("What is kept goes into an empty cache without padding; take one from make_cache().")
+        self._check_form(cache)
+        ids = np.asarray(tokens, np.int64)
+        found = self._longest(ids[:-1], with_states=True)
+        match = self._match(ids)
+        if found.states is not None:
+            self._touch(found)
+            _fill(cache, found, room=len(ids))
+        return match
+
+    def add(self, tokens: Sequence[int], cache: SequenceCache) -> None:
+        """Keep what `cache` holds up to each of its checkpoints; `tokens` are the ids of all it has taken in.
+
+        Raises ValueError, and changes nothing, for another number of tokens, several or padded rows, and a cache of
+        another form than those kept.
+        """
+        if len(tokens) != cache.offset:
+            raise ValueError(f"The cache holds {cache.offset} tokens, but {len(tokens)} are given; pass all of them.")
+        self._check_form(cache)
+        rows = {a.shape[0] for layer in cache.layers if isinstance(layer, RecurrentCache) for a in layer.arrays}
+        if rows - {1} or cache.left_padding is not None:
+            raise ValueError("Only a sequence by itself is kept; give each row of a batch its own cache.")
+        self._form = cache.form
+        ids = np.asarray(tokens, np.int64)
+        for point in cache.checkpoints:
+            before = self._longest(ids[: point.offset])
+            if before.end == point.offset:
+                piece = before
+            else:
+                piece = self._behind(before, ids[before.end : point.offset], cache)
+            if piece.states is None:
+                piece.states = _copies(point.states)
+            self._touch(piece)
+        while self.nbytes > self.max_bytes:
+            self.drop()
+
+    def drop(self) -> bool:
+        """Give up the states least recently used, and what served these alone; False if there is nothing."""
+        pieces = [piece for piece in self._pieces() if piece.states is not None]
+        if not pieces:
+            return False
+        oldest = min(pieces, key=lambda piece: piece.used)
+        oldest.states = None
+        while oldest.before and not oldest.after and oldest.states is None:
+            oldest.before.after.remove(oldest)
+            oldest = oldest.before
+        return True
+
+    def _pieces(self) -> Iterator[_Piece]:
+        waiting = [self._root]
+        while waiting:
+            piece = waiting.pop()
+            waiting += piece.after
+            yield piece
+
+    def _matching(self, ids: np.ndarray) -> Iterator[_Piece]:
+        """All that hold a beginning of `ids`. Two that follow on one may: they end at different places."""
+        waiting = [self._root]
+        while waiting:
+            piece = waiting.pop()
+            waiting += [next_ for next_ in piece.after if next_.common(ids) == len(next_.tokens)]
+            yield piece
+
+    def _longest(self, ids: np.ndarray, *, with_states: bool = False) -> _Piece:
+        found = (piece for piece in self._matching(ids) if piece.states is not None or not with_states)
+        return max(found, key=lambda piece: piece.end, default=self._root)
+
+    def _match(self, ids: np.ndarray) -> PrefixMatch:
+        ways: list[tuple[int, int | None]] = [(0, None)]
+        for piece in self._matching(ids):
+            ways.append((piece.end, None))
+            for next_ in piece.after:
+                count = next_.common(ids)
+                if count < len(next_.tokens):
+                    ways.append((piece.end + count, int(next_.tokens[count])))
+        common, kept = max(ways, key=lambda way: (way[0], way[1] is not None))
+        return PrefixMatch(self._longest(ids[:-1], with_states=True).end, common, kept)
+
+    def _behind(self, before: _Piece, ids: np.ndarray, cache: SequenceCache) -> _Piece:
+        start, end = before.end, before.end + len(ids)
+        full = [layer for layer in cache.layers if not isinstance(layer, RecurrentCache)]
+        piece = _Piece(ids.copy(), end, before, [layer.piece(start, end) for layer in full])
+        mx.eval(piece.keys_values)
+        before.after.append(piece)
+        return piece
+
+    def _touch(self, piece: _Piece) -> None:
+        self._clock += 1
+        piece.used = self._clock
+
+    def _check_form(self, cache: SequenceCache) -> None:
+        if self._form is not None:
+            cache.check_form("prefix store", self._form)
+
+
+def _copies(states: tuple[States, ...]) -> tuple[States, ...]:
+    """Arrays of their own: a view would keep alive what it is a part of."""
+    copies = tuple(tuple(None if a is None else mx.concatenate([a[:0], a]) for a in pair) for pair in states)
+    mx.eval(copies)
+    return copies  # type: ignore[return-value]
+
+
+def _fill(cache: SequenceCache, piece: _Piece, *, room: int) -> None:
+    """`cache`, which is empty, holds then what led up to the end of `piece`."""
+    assert piece.states is not None
+    way: list[_Piece] = []
+    place: _Piece | None = piece
+    while place is not None and place.end:
+        way.insert(0, place)
+        place = place.before
+    states, full = iter(piece.states), iter(range(len(piece.keys_values)))
+    for layer in cache.layers:
+        if isinstance(layer, RecurrentCache):
+            layer.restore(next(states))
+        else:
+            number = next(full)
+            layer.fill([part.keys_values[number] for part in way], room)
+            mx.eval(layer.arrays)

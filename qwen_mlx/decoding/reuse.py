@@ -1,0 +1,144 @@
+"""A prompt of which the beginning may be known already: what is computed of it, and what of it is kept for the next.
+
+In: token ids, a `PrefixStore` or the cache of an earlier text. Out: the logits behind the prompt. Knows no messages but
+the token they begin with.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from qwen_mlx.cache.prefix import PrefixMatch, PrefixStore
+from qwen_mlx.cache.sequence import SequenceCache
+from qwen_mlx.decoding.prefill import prefill
+from qwen_mlx.model.qwen import Qwen
+from qwen_mlx.tokenizer import Tokenizer
+
+MESSAGE_START = "<|im_start|>"
+TAIL = 30
+"""Tokens before the end of a text: what is put behind it may change how its last words are cut into tokens."""
+SPACING = 2048
+"""Tokens without a place of their own after which the end of a chunk becomes one. About as many tokens have keys and
+values as large as the states of one place."""
+
+
+@dataclass
+class PromptCache:
+    """A cache, and the ids of all tokens that it holds."""
+
+    tokens: list[int]
+    cache: SequenceCache
+
+
+class Reuse:
+    """One text: `tokens`, which whoever makes it appends to, and the cache that takes them in.
+
+    Raises ValueError for a store or cache of another model or number of `kv_bits`, and for `tokens` that do not begin
+    with those of `prompt_cache` and go on.
+    """
+
+    def __init__(
+        self,
+        model: Qwen,
+        tokens: Sequence[int],
+        prompt_cache: PromptCache | None = None,
+        store: PrefixStore | None = None,
+        *,
+        kv_bits: int | None = None,
+    ) -> None:
+        self.cache = model.make_cache(kv_bits=kv_bits)
+        self.tokens, self.cached_tokens = list(tokens), 0
+        self.in_words: str | None = None
+        self._prompt_cache, self._store = prompt_cache, store
+        if store is not None and store.model is not model:
+            raise ValueError("The prefix store was made for another model; make one for this: PrefixStore(model).")
+        if prompt_cache is not None:
+            self.cache.check_form("prompt cache", prompt_cache.cache.form)
+            _check_beginning(self.tokens, prompt_cache)
+            self.cache, self.cached_tokens = prompt_cache.cache, len(prompt_cache.tokens)
+
+    def read(
+        self, model: Qwen, tokenizer: Tokenizer, *, step_size: int, progress: Callable[[int, int], None] | None = None
+    ) -> mx.array:
+        """Logits [1, V] behind all tokens, of which those not known yet go through `model`; arguments as `prefill`'s.
+
+        Interrupted, the store has what was read up to then.
+        """
+        prompt, places = self.tokens[:], []
+        if self._store is not None:
+            if not self.cached_tokens:
+                match = self._store.restore(prompt, self.cache)
+                self.cached_tokens, self.in_words = match.cached, in_words(tokenizer, prompt, match)
+            places = places_to_keep(tokenizer, prompt, self.cached_tokens, step_size)
+
+        def chunk_done(done: int, total: int) -> None:
+            self._keep_up_to(self.cache.offset)
+            if progress:
+                progress(done, total)
+
+        rest = prompt[self.cached_tokens :]
+        return prefill(model, rest, self.cache, step_size=step_size, marks=places, progress=chunk_done)
+
+    def keep(self) -> None:
+        """Let the store have this place too. To be called between two tokens."""
+        if self._store is not None:
+            self.cache.checkpoint()
+        self._keep_up_to(self.cache.offset)
+
+    def _keep_up_to(self, offset: int) -> None:
+        if self._prompt_cache is not None:
+            self._prompt_cache.tokens[:] = self.tokens[:offset]
+        if self._store is not None:
+            self._store.add(self.tokens[:offset], self.cache)
+
+
+def _check_beginning(tokens: list[int], known: PromptCache) -> None:
+    if len(known.tokens) != known.cache.offset:
+        raise ValueError(
+            f"The prompt cache holds {known.cache.offset} tokens, but {len(known.tokens)} are given; pass all of them."
+        )
+    here, there = len(tokens), len(known.tokens)
+    differ = next((i for i, (a, b) in enumerate(zip(tokens, known.tokens)) if a != b), None)
+    if differ is not None:
+        raise ValueError(
+            f"The prompt does not begin as the prompt cache does: at token {differ} it has {tokens[differ]}, and the "
+            f"cache {known.tokens[differ]}."
+        )
+    if here <= there:
+        raise ValueError(f"The prompt has {here} tokens and the prompt cache {there}: at least one must be new.")
+
+
+def places_to_keep(tokenizer: Tokenizer, tokens: Sequence[int], start: int, step_size: int) -> list[int]:
+    """Ascending offsets between `start` and the end of `tokens`, which is read in chunks of `step_size` from there.
+
+    Every beginning of a message, the assistant's among them: what is generated behind it will stand there in another
+    form when it is rendered again. The place TAIL tokens before the end, unless a message begins nearer. Ends of
+    chunks where nothing else lies within SPACING tokens.
+    """
+    message = tokenizer.token_to_id(MESSAGE_START)
+    places = {i for i in range(start + 1, len(tokens)) if tokens[i] == message}
+    if (tail := len(tokens) - TAIL) > start and not any(place >= tail for place in places):
+        places.add(tail)
+    for end in range(start + step_size, len(tokens), step_size):
+        if not any(end - SPACING < place <= end for place in (start, *places)):
+            places.add(end)
+    return sorted(places)
+
+
+def in_words(tokenizer: Tokenizer, tokens: Sequence[int], match: PrefixMatch) -> str:
+    """How much of a prompt was known, and where it parts from what is known."""
+    known = f"{match.cached} of {len(tokens)} tokens were known"
+    if match.common >= len(tokens):
+        return f"{known}; the same prompt was met before."
+    if match.common == 0 and match.kept is None:
+        return f"{known}; nothing is kept yet."
+    here = _shown(tokenizer, tokens[match.common])
+    if match.kept is None:
+        return f"{known}; what is kept ends at token {match.common}, before {here}."
+    there = _shown(tokenizer, match.kept)
+    return f"{known}; at token {match.common} the prompt has {here} where {there} was kept."
+
+
+def _shown(tokenizer: Tokenizer, token: int) -> str:
+    return f"{tokenizer.decode([token])!r} ({token})"
