@@ -52,7 +52,7 @@ def ours(folder: Path) -> tuple[Callable[[], object], Callable[[], None]]:
     hollow_out_ours(model)
     state = hollow_cache(model, range(24))
     step, start, one = CompiledStep(model._forward, model.config.text.layer_types), state.snapshot(), token()
-    return lambda: mx.argmax(step(one, state)[:, -1], axis=-1), partial(state.restore, start)
+    return lambda: mx.argmax(step(one, state)[0][:, -1], axis=-1), partial(state.restore, start)
 
 
 def peer(folder: Path) -> tuple[Callable[[], object], Callable[[], None]]:

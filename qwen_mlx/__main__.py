@@ -8,8 +8,10 @@ from qwen_mlx.cli import Parser, run
 
 VERBS = {
     "generate": "write a text with a Qwen3.5 model",
+    "chat": "talk with a Qwen3.5 model in the terminal",
     "cache_prompt": "compute the beginning of prompts once, into a file",
     "info": "tell what a model is, how it would run here, and the memory it takes",
+    "verify": "hold speculative decoding against plain decoding",
     "perplexity": "measure how well a model predicts a text",
     "bench": "measure what the package is made of",
     "convert": "pull, quantize, prove and publish a checkpoint",

@@ -5,8 +5,10 @@ What is cached is an unfinished message of the user, or with --raw an unfinished
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from qwen_mlx.cache.quantized_kv import BITS
 from qwen_mlx.chat.template import CUT, render
@@ -15,7 +17,7 @@ from qwen_mlx.decoding.memory import device_limits
 from qwen_mlx.decoding.preflight import check_memory
 from qwen_mlx.decoding.prompt_file import save_prompt_cache
 from qwen_mlx.decoding.reuse import PromptCache, Reuse
-from qwen_mlx.errors import PromptError
+from qwen_mlx.errors import PromptCacheError, PromptError
 from qwen_mlx.hub import DEFAULT_MODEL
 from qwen_mlx.load import load
 from qwen_mlx.tokenizer import Tokenizer
@@ -26,25 +28,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.raw and args.system_prompt is not None:
         parser.error("--system-prompt belongs to the chat template, which --raw leaves out")
-    prompt = read_prompt(args.prompt)
-    model, tokenizer = load(args.model, revision=args.revision, dtype=args.dtype)
-    tokens = tokenizer.encode(prompt if args.raw else _unfinished(tokenizer, args.system_prompt, prompt))
-    if not prompt.strip() or not tokens:
+    prompt, path = read_prompt(args.prompt), Path(args.prompt_cache_file)
+    if not prompt.strip():
         raise PromptError("The prompt is empty; give at least one word.")
+    _check_place(path)
+    model, tokenizer = load(args.model, revision=args.revision, dtype=args.dtype)
+    if tokenizer.chat_template is None and not args.raw:
+        raise PromptError("The model has no chat template; give --raw to cache the prompt as it stands.")
+    tokens = tokenizer.encode(prompt if args.raw else _unfinished(tokenizer, args.system_prompt, prompt))
     text = Reuse(model, tokens, kv_bits=args.kv_bits)
     options = {"step_size": args.prefill_step_size, "kv_bits": args.kv_bits, "force": args.force}
     plan = check_memory(model, len(tokens), 0, **options)
     with device_limits(), Progress("Prompt") as progress:
         text.read(model, tokenizer, step_size=plan.step_size, progress=progress.update)
-    save_prompt_cache(args.prompt_cache_file, PromptCache(tokens, text.cache), model, tokenizer)
-    told = {"file": args.prompt_cache_file, "tokens": len(tokens), "bytes": text.cache.nbytes}
+    save_prompt_cache(path, PromptCache(tokens, text.cache), model, tokenizer)
+    told = {"file": args.prompt_cache_file, "tokens": len(tokens), "bytes": path.stat().st_size}
     print(json.dumps(told) if args.json else f"{args.prompt_cache_file}: {len(tokens)} tokens", flush=True)
+
+
+def _check_place(path: Path) -> None:
+    """PromptCacheError before the prompt is computed, which may take long; a full disk is seen when it is written."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise PromptCacheError(
+            f"{path} cannot be written: give the name of a file, in a folder that exists and that you may write to."
+        )
 
 
 def _unfinished(tokenizer: Tokenizer, system: str | None, prompt: str) -> str:
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt + CUT})
-    return render(tokenizer.chat_template, messages, special_tokens=tokenizer.special_tokens).partition(CUT)[0]
+    text = render(tokenizer.chat_template, messages, special_tokens=tokenizer.special_tokens)
+    beginning, cut, _ = text.rpartition(CUT)
+    if not cut:
+        raise PromptError("The chat template does not write a message as it stands, so none can be cut; give --raw.")
+    return beginning
 
 
 def _parser() -> argparse.ArgumentParser:

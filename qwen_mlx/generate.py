@@ -17,15 +17,11 @@ if __name__ == "__main__":  # before the imports, which take a while: Ctrl-C amo
 
 import argparse
 import json
-import math
-import operator
-import reprlib
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
@@ -35,19 +31,20 @@ from qwen_mlx.chat.template import CUT, render
 from qwen_mlx.cli import Parser, Progress, positive, read_prompt
 from qwen_mlx.config import TextConfig
 from qwen_mlx.decoding.autoregressive import decode
+from qwen_mlx.decoding.drafting import MODES, drafting
 from qwen_mlx.decoding.memory import device_limits
 from qwen_mlx.decoding.preflight import STEP_SIZES, check_memory
+from qwen_mlx.decoding.prompt import Prompt, check_tokens, prompt_tokens, room_behind
 from qwen_mlx.decoding.prompt_file import load_prompt_cache
 from qwen_mlx.decoding.reuse import PromptCache, Reuse
 from qwen_mlx.decoding.sampling import Sampler, SamplingParams, default_params
+from qwen_mlx.decoding.speculative import decode_with_drafts
 from qwen_mlx.decoding.stop import StopStrings
-from qwen_mlx.errors import CheckpointError, PromptError, TokenizerError
+from qwen_mlx.errors import CheckpointError, PromptError
 from qwen_mlx.hub import DEFAULT_MODEL
 from qwen_mlx.load import load, weights_with_nan
 from qwen_mlx.model.qwen import Qwen
 from qwen_mlx.tokenizer import Tokenizer
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 @dataclass
@@ -64,6 +61,7 @@ class GenerationResponse:
     generation_tps: float
     peak_memory: float
     time_to_first_token: float
+    draft_tokens: int = 0  # of those generated so far, how many were drafts that stood
     cached_tokens: int = 0  # of the prompt, those that were not computed again
     reuse: str | None = None  # with a prefix store, in words: what it knew, and where the prompt parts from it
     finish_reason: str | None = None  # on the last: "stop" or "length"
@@ -81,9 +79,11 @@ def stream_generate(
     force: bool = False,
     prefix_store: PrefixStore | None = None,
     prompt_cache: PromptCache | None = None,
+    speculate: str = "auto",
+    num_draft_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     **sampling: Any,
-) -> Iterator[GenerationResponse]:
+) -> Generator[GenerationResponse, None, None]:
     """Answer `prompt`: messages (through the chat template), text as it stands, or token ids.
 
     `params` default to the checkpoint's recommendation; single fields may be given by keyword (`temperature=0.7`).
@@ -94,6 +94,9 @@ def stream_generate(
 
     What `prefix_store` has of the prompt's beginning is not computed again, and what is new goes into it.
     `prompt_cache` holds the beginning already, and goes on: afterwards it holds the answer as well.
+
+    `speculate` ("auto", "mtp", "ngram", "off") lets up to `num_draft_tokens` be drafted and verified at once where that
+    is faster. The answer has the same distribution, and at temperature 0 is the same but for near ties: see `drafting`.
 
     A prompt of more tokens than the model's positions were made for is answered, with a warning; what bounds it is
     memory: MemoryLimitError where a count from the model's sizes says that both do not fit, unless `force`.
@@ -108,13 +111,14 @@ def stream_generate(
     if unknown := next((name for name in sampling if name not in known), None):
         raise TypeError(f"There is no option {unknown}; those of sampling are {', '.join(known)}.")
     start = first = time.perf_counter()
-    tokens = _prompt_tokens(tokenizer, prompt, thinking)
-    _check(model, tokenizer, tokens)
-    room = _room(model.config.text, len(tokens))
+    tokens = prompt_tokens(tokenizer, prompt, thinking)
+    check_tokens(model.config.text, tokenizer, tokens)
+    room = room_behind(model.config.text, len(tokens))
     is_thinking = tokenizer.decode(tokens[-4:]).rstrip().endswith("<think>")
     params = replace(params or recommended_params(model, thinking=is_thinking), **sampling)
     sampler = Sampler(params, tokens, vocab_size=model.config.text.vocab_size, num_real_tokens=tokenizer.vocab_size)
     count = params.max_tokens if room is None else min(params.max_tokens, room)
+    drafts, drafted = drafting(model, tokens, params, speculate, num_draft_tokens), 0
     reuse = Reuse(model, tokens, prompt_cache, prefix_store, kv_bits=kv_bits)
     plan = check_memory(
         model,
@@ -125,20 +129,27 @@ def stream_generate(
         force=force,
         held=reuse.cache.nbytes,
         store=prefix_store,
+        head=drafts.head if drafts else None,
     )
     with device_limits():
         mx.reset_peak_memory()
-        logits = reuse.read(model, tokenizer, step_size=plan.step_size, progress=progress)
+        seen = drafts.drafter.take if drafts and drafts.head else None
+        logits = reuse.read(model, tokenizer, step_size=plan.step_size, seen=seen, progress=progress)
         if not mx.isfinite(logits).all().item():
             broken = ", ".join(weights_with_nan(model)[:4]) or "the activations overflow; try dtype bfloat16 or float32"
             raise CheckpointError(f"The model's logits are not numbers: {broken}.")
+        if drafts is None:
+            decoded = decode(model, logits, reuse.cache, sampler, count=count)
+        else:
+            decoded = decode_with_drafts(model, logits, reuse.cache, sampler, count=count, drafting=drafts)
         eos = {*model.config.eos_token_ids, tokenizer.eos_token_id}
         detokenizer, stops = tokenizer.detokenizer(skip_special_tokens=True), StopStrings(params.stop)
-        for n, (token, row) in enumerate(decode(model, logits, reuse.cache, sampler, count=count), start=1):
+        for n, (token, row, from_draft) in enumerate(decoded, start=1):
             now = time.perf_counter()
             if n == 1:
                 first = now
             reuse.tokens.append(token)
+            drafted += from_draft
             row = row.astype(mx.float32)
             text, met = ("", False) if token in eos else stops.feed(detokenizer.add(token))
             finish = "stop" if met or token in eos else "length" if n == count else None
@@ -149,22 +160,25 @@ def stream_generate(
                 text=text,
                 token=token,
                 logprobs=row - mx.logsumexp(row),
-                from_draft=False,
+                from_draft=from_draft,
                 prompt_tokens=len(tokens),
                 prompt_tps=(len(tokens) - reuse.cached_tokens) / (first - start),
                 generation_tokens=n,
                 generation_tps=(n - 1) / (now - first) if n > 1 else 0.0,
                 peak_memory=mx.get_peak_memory() / 1e9,
                 time_to_first_token=first - start,
+                draft_tokens=drafted,
                 cached_tokens=reuse.cached_tokens,
                 reuse=reuse.in_words,
                 finish_reason=finish,
             )
             if finish:
+                decoded.close()
                 reuse.keep()
             try:
                 yield response
             except GeneratorExit:  # nobody wants more of it, and what there is may be wanted again
+                decoded.close()
                 reuse.keep()
                 raise
             if finish:
@@ -188,16 +202,6 @@ def is_small(config: TextConfig) -> bool:
     return config.moe is None and config.hidden_size <= 2048
 
 
-def _prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, thinking: bool | None) -> list[int]:
-    if not isinstance(prompt, str) and isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-        messages = cast(Sequence[Mapping[str, Any]], prompt)
-        text = render(tokenizer.chat_template, messages, thinking=thinking, special_tokens=tokenizer.special_tokens)
-        return tokenizer.encode(text)
-    if thinking is not None:
-        raise ValueError("thinking is a switch of the chat template, and only messages go through it: leave it out.")
-    return tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
-
-
 def _behind(tokenizer: Tokenizer, prompt: str, *, raw: bool, thinking: bool | None) -> list[int]:
     """The tokens of `prompt` and what the template puts behind it, where a prompt file has the message's beginning."""
     if raw:
@@ -207,48 +211,10 @@ def _behind(tokenizer: Tokenizer, prompt: str, *, raw: bool, thinking: bool | No
     return tokenizer.encode(text.partition(CUT)[2])
 
 
-def _token_ids(prompt: Any) -> list[int]:
-    try:
-        if not isinstance(prompt, (bytes, bytearray, Mapping, Set)):
-            return [operator.index(i) for i in prompt]
-    except TypeError:
-        pass
-    raise TypeError(f"prompt must be text, a list of token ids or a list of messages, not {reprlib.repr(prompt)}.")
-
-
-def _room(config: TextConfig, prompt: int) -> int | None:
-    """Tokens that an answer may have before the positions end; None, with a warning, where the prompt goes beyond."""
-    length = config.context_length
-    if prompt < length:
-        return length - prompt
-    yarn = config.rope_parameters.yarn
-    native = yarn.original_max_position_embeddings if yarn else length
-    warnings.warn(
-        f"The prompt has {prompt} tokens, and the model was made for {length}, the answer included: beyond that it may "
-        f'be poor. Shorten the prompt, or give rope_parameters in config.json "rope_type": "yarn", "factor": '
-        f'{math.ceil((prompt + 1) / native)}.0, "original_max_position_embeddings": {native}.',
-        stacklevel=3,
-    )
-    return None
-
-
-def _check(model: Qwen, tokenizer: Tokenizer, tokens: list[int]) -> None:
-    config = model.config.text
-    if not tokens:
-        raise PromptError("The prompt is empty; give at least one word.")
-    if tokenizer.vocab_size > config.vocab_size:
-        raise TokenizerError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens and the model only {config.vocab_size}: "
-            "they belong to different models."
-        )
-    if wrong := next((i for i in tokens if not 0 <= i < config.vocab_size), None):
-        raise ValueError(f"prompt has token id {wrong}, but ids run from 0 to {config.vocab_size - 1}.")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(arguments)
-    if args.prompt_cache_file and args.system_prompt is not None:
+    if args.prompt_cache_file is not None and args.system_prompt is not None:
         parser.error("--system-prompt stands before all else, in the prompt file: give it to qwen-mlx cache_prompt")
     given = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
     try:
@@ -271,9 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loaded = time.perf_counter() - start
         if tokenizer.chat_template is None and not args.raw:
             raise PromptError("The model has no chat template; give --raw to continue the prompt as it stands.")
-        options = {name: getattr(args, name) for name in ("prefill_step_size", "kv_bits", "force")}
+        options = {name: getattr(args, name) for name in _OPTIONS}
         asked: Prompt = prompt if args.raw else messages
-        if args.prompt_cache_file:
+        if args.prompt_cache_file is not None:
             known = load_prompt_cache(args.prompt_cache_file, model, tokenizer, kv_bits=args.kv_bits)
             asked = known.tokens + _behind(tokenizer, prompt, raw=args.raw, thinking=thinking)
             options |= {"prompt_cache": known}
@@ -294,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 _SAMPLING = (
     "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed stop".split()
 )
+_OPTIONS = "prefill_step_size kv_bits force speculate num_draft_tokens".split()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -325,6 +292,14 @@ def _parser() -> argparse.ArgumentParser:
         help="bits of keys and values, in the full-attention layers only; on Metal "
         "each token is then a graph built anew (default: as computed)",
     )
+    add(
+        "--speculate",
+        choices=MODES,
+        default="auto",
+        help="draft tokens and verify several at once where that is faster: by the model's own draft head (mtp), or by "
+        "what stood in the text before (ngram); auto: mtp where the model has a head",
+    )
+    add("--num-draft-tokens", type=positive, help="most drafts at a time (default: 4)")
     add("--prompt-cache-file", help="file of qwen-mlx cache_prompt; the prompt goes on where its text ends")
     add("--force", action="store_true", help="try a prompt that memory, by the count of its bytes, has no room for")
     add("--json", action="store_true", help="print one JSON object at the end instead of the text")
@@ -352,6 +327,7 @@ def _report(last: GenerationResponse | None, loaded: float) -> dict[str, Any]:
             "prompt_tokens": last.prompt_tokens,
             "completion_tokens": last.generation_tokens,
             "prompt_tokens_details": {"cached_tokens": last.cached_tokens},
+            "completion_tokens_details": {"accepted_prediction_tokens": last.draft_tokens},
         },
         "timings": {
             "load_s": round(loaded, 4),
@@ -371,5 +347,6 @@ def _summary(last: GenerationResponse) -> str:
         f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec\n"
         f"Peak memory: {last.peak_memory:.3f} GB\n"
         f"Time to first token: {last.time_to_first_token:.3f} s\n"
-        f"Cached: {last.cached_tokens} of {last.prompt_tokens} prompt tokens"
+        f"Cached: {last.cached_tokens} of {last.prompt_tokens} prompt tokens\n"
+        f"Drafts: {last.draft_tokens} of {last.generation_tokens} tokens were drafted and stood"
     )

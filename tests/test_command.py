@@ -22,6 +22,7 @@ import qwen_mlx.__main__
 from qwen_mlx import __version__, bench, generate, load
 from qwen_mlx.chat.template import render
 from qwen_mlx.cli import Progress, run
+from qwen_mlx.decoding.reuse import PromptCache
 from qwen_mlx.hub import DEFAULT_MODEL, resolve
 
 COMMAND = importlib.import_module("qwen_mlx.generate")
@@ -238,16 +239,21 @@ def test_json_is_one_object_with_its_keys(capsys: pytest.CaptureFixture[str]) ->
         "model": str,
         "text": str,
         "finish_reason": str,
-        "usage": {"prompt_tokens", "completion_tokens"},
+        "usage": {"prompt_tokens", "completion_tokens", "prompt_tokens_details", "completion_tokens_details"},
         "timings": {"load_s", "time_to_first_token_s", "prompt_tps", "generation_tps"},
         "peak_memory_gb": float,
     }
 
 
 def test_json_tells_what_was_generated(capsys: pytest.CaptureFixture[str]) -> None:
-    call("--prompt", START, "--raw", "--json")
+    call("--prompt", START, "--raw", "--json", "--speculate", "off")
     report = json.loads(capsys.readouterr().out)
-    usage = {"prompt_tokens": len(TOKENIZER.encode(START)), "completion_tokens": 8}
+    usage = {
+        "prompt_tokens": len(TOKENIZER.encode(START)),
+        "completion_tokens": 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"accepted_prediction_tokens": 0},
+    }
     text = generate(MODEL, TOKENIZER, START, max_tokens=8)
     assert (report["text"], report["usage"], report["finish_reason"]) == (text, usage, "length")
 
@@ -259,6 +265,7 @@ def test_json_tells_what_was_generated(capsys: pytest.CaptureFixture[str]) -> No
         r"Generation: \d+ tokens, [\d.]+ tokens-per-sec",
         r"Peak memory: [\d.]+ GB",
         r"Time to first token: [\d.]+ s",
+        r"Cached: 0 of \d+ prompt tokens",
     ],
 )
 def test_verbose_closes_with_the_lines_of_mlx_lm(capsys: pytest.CaptureFixture[str], line: str) -> None:
@@ -294,7 +301,7 @@ def test_the_reply_ends_before_a_stop_string(capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Instead of working: what the command asked of `load` and `stream_generate`."""
+    """Instead of working: what the command asked of `load`, `load_prompt_cache` and `stream_generate`."""
     seen = SimpleNamespace()
 
     def fake_load(model: str, **options: Any) -> tuple[Any, Any]:
@@ -305,7 +312,12 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         seen.stream = {"prompt": prompt, **options}
         return iter(())
 
+    def fake_load_file(path: str, model: Any, tokenizer: Any, **options: Any) -> PromptCache:
+        seen.file = {"path": path, **options}
+        return PromptCache([], MODEL.make_cache())
+
     monkeypatch.setattr(COMMAND, "load", fake_load)
+    monkeypatch.setattr(COMMAND, "load_prompt_cache", fake_load_file)
     monkeypatch.setattr(COMMAND, "stream_generate", fake_stream)
     return seen
 
@@ -331,6 +343,9 @@ FLAGS: dict[str, tuple[list[str], str, str, Any]] = {
     "--stop": (["a", "--stop", "b"], "stream", "stop", ["a", "b"]),
     "--prefill-step-size": (["64"], "stream", "prefill_step_size", 64),
     "--kv-bits": (["8"], "stream", "kv_bits", 8),
+    "--speculate": (["ngram"], "stream", "speculate", "ngram"),
+    "--num-draft-tokens": (["2"], "stream", "num_draft_tokens", 2),
+    "--prompt-cache-file": (["some/file"], "file", "path", "some/file"),
     "--force": ([], "stream", "force", True),
 }
 
@@ -356,7 +371,9 @@ def test_thinking_has_three_settings(recorded: SimpleNamespace, word: str, value
 
 def test_what_is_not_asked_for_is_left_to_the_checkpoint(recorded: SimpleNamespace) -> None:
     run(lambda: COMMAND.main(["--prompt", START]))
-    assert recorded.stream.keys() == {"prompt", "thinking", "prefill_step_size", "kv_bits", "force", "progress"}
+    options = {"prefill_step_size", "kv_bits", "force", "speculate", "num_draft_tokens"}
+    assert recorded.stream.keys() == {"prompt", "thinking", "progress", *options}
+    assert recorded.stream["speculate"] == "auto"
 
 
 def test_the_default_model_is_the_smallest_release(recorded: SimpleNamespace) -> None:

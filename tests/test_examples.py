@@ -25,7 +25,7 @@ def run_example(name: str) -> str:
 
 
 def test_these_are_the_examples() -> None:
-    assert set(EXAMPLES) == {"generate", "logits", "sampling", "stream"}
+    assert set(EXAMPLES) == {"generate", "logits", "reuse", "sampling", "stream"}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -62,3 +62,12 @@ def test_logits_shows_probabilities_in_order_and_a_perplexity() -> None:
     assert chances == sorted(chances, reverse=True)
     assert 0 < chances[-1] <= sum(chances) <= 100.1
     assert 1 < float(last.rsplit(" ", 1)[1]) < 50
+
+
+def test_reuse_computes_the_text_once() -> None:
+    said = re.findall(
+        r"^first token after [\d.]+ s: (\d+) of (\d+) tokens were known", run_example("reuse"), re.MULTILINE
+    )
+    (none, _), (known, prompt) = said
+    assert none == "0"
+    assert 0.9 < int(known) / int(prompt) < 1

@@ -2,7 +2,7 @@
 
 import gc
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -10,15 +10,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen_mlx import SamplingParams, generate, load, stream_generate
+from qwen_mlx import PromptCache, SamplingParams, generate, load, stream_generate
 from qwen_mlx.cache.kv import KVCache
 from qwen_mlx.cache.sequence import SequenceCache
 from qwen_mlx.chat.template import render
 from qwen_mlx.config import ModelConfig, MoeConfig, Yarn
+from qwen_mlx.decoding.prefill import prefill
 from qwen_mlx.decoding.sampling import Sampler
 from qwen_mlx.errors import CheckpointError, PromptError, TokenizerError
 from qwen_mlx.generate import GenerationResponse, recommended_params
 from qwen_mlx.model.qwen import Qwen
+from tests.cache.test_sequence import TOLERANCE, contents, same
 
 MODEL, TOKENIZER = load("demo", dtype="float32")
 START = "Once upon a time"
@@ -46,6 +48,7 @@ class ScriptedModel:
     def __init__(self, reply: Sequence[int], config: ModelConfig = MODEL.config, *, height: float = 30.0) -> None:
         self.config = config
         self.dtype = mx.float32
+        self.folder = None
         self.prompt: list[int] = []
         self._reply = iter([*reply, *[TOKENIZER.eos_token_id] * 99])
         self._height = height
@@ -68,8 +71,8 @@ class ScriptedModel:
         token = next(self._reply)
         return (mx.arange(self.config.text.vocab_size) == token)[None, None].astype(mx.float32) * self._height
 
-    def step(self, tokens: mx.array, cache: SequenceCache) -> mx.array:
-        return self.logits(tokens)[:, -1]
+    def step(self, tokens: mx.array, cache: SequenceCache) -> tuple[mx.array, mx.array]:
+        return self.logits(tokens)[:, -1], tokens
 
 
 def scripted(reply: str | Sequence[int], **options: Any) -> list[GenerationResponse]:
@@ -548,3 +551,120 @@ def test_the_loop_keeps_nothing_of_the_tokens_it_has_given_out(
     bytes_more, objects_more = np.subtract(held[last], held[first])
     row = 4 * MODEL.config.text.vocab_size
     assert (bytes_more < 4 * row, objects_more < 50) == (True, True), f"{bytes_more} bytes, {objects_more} objects"
+
+
+BEHIND = TOKENIZER.encode(", the fox")
+
+
+def known(kv_bits: int | None = None) -> PromptCache:
+    """`LONG`, computed before."""
+    prompt = PromptCache(TOKENIZER.encode(LONG), MODEL.make_cache(kv_bits=kv_bits))
+    mx.eval(prefill(MODEL, prompt.tokens, prompt.cache, step_size=64))
+    return prompt
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_an_answer_behind_a_prompt_cache_is_that_to_the_whole_prompt(kv_bits: int | None) -> None:
+    prompt = known(kv_bits)
+    whole = [*prompt.tokens, *BEHIND]
+    options = {"kv_bits": kv_bits, "temperature": 0.0, "max_tokens": 32, "logit_bias": ENDLESS}
+    assert tokens_of(whole, prompt_cache=prompt, **options) == tokens_of(whole, **options)
+
+
+def test_what_a_prompt_cache_knows_counts_as_cached() -> None:
+    prompt = known()
+    whole, before = [*prompt.tokens, *BEHIND], len(prompt.tokens)
+    responses = list(stream_generate(MODEL, TOKENIZER, whole, prompt_cache=prompt, max_tokens=3))
+    assert {(r.cached_tokens, r.prompt_tokens) for r in responses} == {(before, len(whole))}
+
+
+def test_without_a_prompt_cache_nothing_counts_as_cached() -> None:
+    assert {(r.cached_tokens, r.reuse) for r in scripted("a b c")} == {(0, None)}
+
+
+def test_only_what_is_new_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, read = known(), []
+    embed = Qwen.embed
+
+    def spy(model: Qwen, tokens: mx.array) -> mx.array:
+        read.extend(np.array(tokens)[0].tolist())
+        return embed(model, tokens)
+
+    monkeypatch.setattr(Qwen, "embed", spy)
+    tokens_of([*prompt.tokens, *BEHIND], prompt_cache=prompt, max_tokens=1)
+    assert read == BEHIND
+
+
+@pytest.mark.parametrize(
+    ("ending", "options"),
+    [
+        pytest.param("length", {"max_tokens": 5, "logit_bias": ENDLESS}, id="max_tokens"),
+        pytest.param("length", {"max_tokens": 1, "logit_bias": ENDLESS}, id="one_token"),
+        pytest.param("stop", {"max_tokens": 5, "logit_bias": {MODEL.config.eos_token_ids[0]: 1e4}}, id="end_token"),
+        pytest.param("stop", {"max_tokens": 400, "stop": "e", "logit_bias": ENDLESS}, id="stop_string"),
+        pytest.param(None, {"max_tokens": 400, "logit_bias": ENDLESS}, id="broken_off"),
+    ],
+)
+def test_a_prompt_cache_knows_exactly_the_tokens_that_it_holds(ending: str | None, options: dict[str, Any]) -> None:
+    prompt = known()
+    whole, responses = [*prompt.tokens, *BEHIND], []
+    stream = stream_generate(MODEL, TOKENIZER, whole, prompt_cache=prompt, temperature=0.0, **options)
+    for response in stream:
+        responses.append(response)
+        if ending is None and len(responses) == 3:
+            break
+    stream.close()  # type: ignore[attr-defined]
+    assert responses[-1].finish_reason == ending
+    text = whole + [r.token for r in responses]
+    # The last token was written, and need not have been read.
+    assert prompt.tokens in (text, text[:-1])
+    fresh = MODEL.make_cache()
+    mx.eval(prefill(MODEL, prompt.tokens, fresh, step_size=64), fresh.arrays)
+    assert prompt.cache.offset == fresh.offset
+    for ours, expected in zip(contents(prompt.cache), contents(fresh), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
+
+
+def test_a_text_goes_on_behind_its_answer() -> None:
+    prompt, options = known(), {"temperature": 0.0, "max_tokens": 8, "logit_bias": ENDLESS}
+    first = [*prompt.tokens, *BEHIND]
+    second = [*first, *tokens_of(first, prompt_cache=prompt, **options), *BEHIND]
+    assert tokens_of(second, prompt_cache=prompt, **options) == tokens_of(second, **options)
+
+
+OTHER = next(token for token in range(99) if token != TOKENIZER.encode(LONG)[7])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param(
+            lambda tokens: [*tokens[:7], OTHER, *tokens[8:], 5],
+            f"at token 7 it has {OTHER}, and the cache {TOKENIZER.encode(LONG)[7]}",
+            id="another_token",
+        ),
+        pytest.param(lambda tokens: tokens, "at least one must be new", id="equal"),
+        pytest.param(lambda tokens: tokens[:-1], "at least one must be new", id="shorter"),
+    ],
+)
+def test_a_prompt_that_does_not_begin_as_the_prompt_cache_is_refused(
+    change: Callable[[list[int]], list[int]], words: str
+) -> None:
+    prompt = known()
+    tokens, before = list(prompt.tokens), contents(prompt.cache)
+    with pytest.raises(ValueError, match=words):
+        generate(MODEL, TOKENIZER, change(tokens), prompt_cache=prompt)
+    assert (prompt.tokens, same(contents(prompt.cache), before)) == (tokens, True)
+
+
+@pytest.mark.parametrize("kv_bits", [None, 4])
+def test_a_prompt_cache_of_other_bits_is_refused(kv_bits: int | None) -> None:
+    prompt = known(8)
+    with pytest.raises(ValueError, match=r"layer 3 holds QuantizedKVCache of .*, 8 bits kept, that of this cache"):
+        generate(MODEL, TOKENIZER, [*prompt.tokens, *BEHIND], prompt_cache=prompt, kv_bits=kv_bits)
+
+
+def test_a_prompt_cache_of_another_model_is_refused(model_of: Callable[[str, str], Qwen]) -> None:
+    prompt = PromptCache([], model_of("a-r1-d32", "float32").make_cache())
+    with pytest.raises(ValueError, match="The prompt cache is of another model"):
+        generate(MODEL, TOKENIZER, START, prompt_cache=prompt)

@@ -62,7 +62,7 @@ def count_step(model: Qwen, layers: Sequence[int] | None = None) -> Counter[str]
     try:
         with stand_ins():
             cache = hollow_cache(model, places)
-            logits = CompiledStep(model._forward, [kinds[i] for i in places])(token(), cache)
+            logits, _ = CompiledStep(model._forward, [kinds[i] for i in places])(token(), cache)
             return launches([mx.argmax(logits[:, -1], axis=-1), *cache.arrays])
     finally:
         model.model.layers = all_layers

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwen_mlx.cache.recurrent import RecurrentCache, States
-from qwen_mlx.cache.sequence import SequenceCache
+from qwen_mlx.cache.sequence import Checkpoint, SequenceCache
 
 MAX_BYTES = 2 << 30
 """Of the 0.8B in bfloat16 enough for 60,000 tokens, with states kept every 2,048 of them."""
@@ -36,11 +36,15 @@ class _Piece:
 
     tokens: np.ndarray
     end: int
-    before: _Piece | None = None
     keys_values: list[list[mx.array]] = field(default_factory=list)  # for each full-attention layer, [2, 1, Hkv, n, ..]
     states: tuple[States, ...] | None = None
     used: int = 0
     after: list[_Piece] = field(default_factory=list)
+    _before: weakref.ref[_Piece] | None = None  # a circle of references would hold gigabytes until Python looks for it
+
+    @property
+    def before(self) -> _Piece | None:
+        return None if self._before is None else self._before()
 
     def common(self, tokens: np.ndarray) -> int:
         """How many of its tokens stand in `tokens`, in its place."""
@@ -57,7 +61,8 @@ class _Piece:
 class PrefixStore:
     """What the caches of `model` held at their checkpoints, at most `max_bytes` of it: the least recently used goes.
 
-    Everything is a copy, and nothing a cache does later touches it. Not for several threads at once.
+    Keys and values are copies, and to states nobody writes: what a cache does later touches neither. Not for several
+    threads at once.
     """
 
     def __init__(self, model: object, max_bytes: int = MAX_BYTES) -> None:
@@ -86,10 +91,10 @@ class PrefixStore:
         """
         if cache.offset or cache.left_padding is not None:
             raise ValueError("What is kept goes into an empty cache without padding; take one from make_cache().")
-        self._check_form(cache)
+        self.check_form(cache)
         ids = np.asarray(tokens, np.int64)
         found = self._longest(ids[:-1], with_states=True)
-        match = self._match(ids)
+        match = self._match(ids, found.end)
         if found.states is not None:
             self._touch(found)
             _fill(cache, found, room=len(ids))
@@ -98,28 +103,31 @@ class PrefixStore:
     def add(self, tokens: Sequence[int], cache: SequenceCache) -> None:
         """Keep what `cache` holds up to each of its checkpoints; `tokens` are the ids of all it has taken in.
 
+        What would not fit by itself is left out, and drives nothing else away.
+
         Raises ValueError, and changes nothing, for another number of tokens, several or padded rows, and a cache of
         another form than those kept.
         """
         if len(tokens) != cache.offset:
             raise ValueError(f"The cache holds {cache.offset} tokens, but {len(tokens)} are given; pass all of them.")
-        self._check_form(cache)
+        self.check_form(cache)
         rows = {a.shape[0] for layer in cache.layers if isinstance(layer, RecurrentCache) for a in layer.arrays}
         if rows - {1} or cache.left_padding is not None:
             raise ValueError("Only a sequence by itself is kept; give each row of a batch its own cache.")
         self._form = cache.form
         ids = np.asarray(tokens, np.int64)
         for point in cache.checkpoints:
-            before = self._longest(ids[: point.offset])
-            if before.end == point.offset:
-                piece = before
-            else:
-                piece = self._behind(before, ids[before.end : point.offset], cache)
-            if piece.states is None:
-                piece.states = _copies(point.states)
+            if _bytes_up_to(point, cache) > self.max_bytes:
+                break
+            mx.eval(point.states)
+            piece = self._longest(ids[: point.offset])
+            if piece.end < point.offset:
+                piece = self._behind(piece, ids[piece.end : point.offset], cache, point.states)
+            elif piece.states is None and piece.end:
+                piece.states = point.states
             self._touch(piece)
-        while self.nbytes > self.max_bytes:
-            self.drop()
+            while self.nbytes > self.max_bytes:
+                self.drop()
 
     def drop(self) -> bool:
         """Give up the states least recently used, and what served these alone; False if there is nothing."""
@@ -128,10 +136,15 @@ class PrefixStore:
             return False
         oldest = min(pieces, key=lambda piece: piece.used)
         oldest.states = None
-        while oldest.before and not oldest.after and oldest.states is None:
-            oldest.before.after.remove(oldest)
-            oldest = oldest.before
+        while (before := oldest.before) and not oldest.after and oldest.states is None:
+            before.after.remove(oldest)
+            oldest = before
         return True
+
+    def check_form(self, cache: SequenceCache) -> None:
+        """ValueError for a cache of another form than those kept."""
+        if self._form is not None:
+            cache.check_form("prefix store", self._form)
 
     def _pieces(self) -> Iterator[_Piece]:
         waiting = [self._root]
@@ -152,7 +165,7 @@ class PrefixStore:
         found = (piece for piece in self._matching(ids) if piece.states is not None or not with_states)
         return max(found, key=lambda piece: piece.end, default=self._root)
 
-    def _match(self, ids: np.ndarray) -> PrefixMatch:
+    def _match(self, ids: np.ndarray, cached: int) -> PrefixMatch:
         ways: list[tuple[int, int | None]] = [(0, None)]
         for piece in self._matching(ids):
             ways.append((piece.end, None))
@@ -161,13 +174,13 @@ class PrefixStore:
                 if count < len(next_.tokens):
                     ways.append((piece.end + count, int(next_.tokens[count])))
         common, kept = max(ways, key=lambda way: (way[0], way[1] is not None))
-        return PrefixMatch(self._longest(ids[:-1], with_states=True).end, common, kept)
+        return PrefixMatch(cached, common, kept)
 
-    def _behind(self, before: _Piece, ids: np.ndarray, cache: SequenceCache) -> _Piece:
+    def _behind(self, before: _Piece, ids: np.ndarray, cache: SequenceCache, states: tuple[States, ...]) -> _Piece:
         start, end = before.end, before.end + len(ids)
-        full = [layer for layer in cache.layers if not isinstance(layer, RecurrentCache)]
-        piece = _Piece(ids.copy(), end, before, [layer.piece(start, end) for layer in full])
-        mx.eval(piece.keys_values)
+        keys_values = [layer.piece(start, end) for layer in cache.layers if not isinstance(layer, RecurrentCache)]
+        mx.eval(keys_values)
+        piece = _Piece(ids.copy(), end, keys_values, states, _before=weakref.ref(before))
         before.after.append(piece)
         return piece
 
@@ -175,26 +188,20 @@ class PrefixStore:
         self._clock += 1
         piece.used = self._clock
 
-    def _check_form(self, cache: SequenceCache) -> None:
-        if self._form is not None:
-            cache.check_form("prefix store", self._form)
 
-
-def _copies(states: tuple[States, ...]) -> tuple[States, ...]:
-    """Arrays of their own: a view would keep alive what it is a part of."""
-    copies = tuple(tuple(None if a is None else mx.concatenate([a[:0], a]) for a in pair) for pair in states)
-    mx.eval(copies)
-    return copies  # type: ignore[return-value]
+def _bytes_up_to(point: Checkpoint, cache: SequenceCache) -> int:
+    """Of a store that has this place alone."""
+    slabs = [a for layer in cache.layers if not isinstance(layer, RecurrentCache) for a in layer.arrays]
+    states = sum(a.nbytes for pair in point.states for a in pair if a is not None)
+    return states + point.offset * sum(a.nbytes // a.shape[3] for a in slabs)
 
 
 def _fill(cache: SequenceCache, piece: _Piece, *, room: int) -> None:
     """`cache`, which is empty, holds then what led up to the end of `piece`."""
     assert piece.states is not None
-    way: list[_Piece] = []
-    place: _Piece | None = piece
-    while place is not None and place.end:
+    way = [piece]
+    while (place := way[0].before) and place.end:
         way.insert(0, place)
-        place = place.before
     states, full = iter(piece.states), iter(range(len(piece.keys_values)))
     for layer in cache.layers:
         if isinstance(layer, RecurrentCache):

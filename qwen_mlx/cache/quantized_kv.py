@@ -88,6 +88,5 @@ def group_size(bits: int, head_dim: int) -> int:
 def quantized(cache: SequenceCache, bits: int, head_dim: int) -> SequenceCache:
     """`cache`, which is empty, with keys and values in `bits`; errors as `QuantizedKVCache` has them."""
     layers = [QuantizedKVCache(bits, head_dim) if isinstance(layer, KVCache) else layer for layer in cache.layers]
-    sizes = [words.partition(" of ")[2] for words in cache.form]
     kept = [f", {bits} bits kept" if isinstance(layer, QuantizedKVCache) else "" for layer in layers]
-    return SequenceCache(layers, cache.left_padding, [size + bits for size, bits in zip(sizes, kept)])
+    return SequenceCache(layers, cache.left_padding, [size + bits for size, bits in zip(cache.sizes, kept)])

@@ -49,6 +49,7 @@ class SequenceCache:
     ) -> None:
         self.layers = list(layers)
         self.left_padding = left_padding
+        self.sizes = tuple(sizes)
         names = [type(layer).__name__ for layer in self.layers]
         self.form = tuple(map(" of ".join, zip(names, sizes, strict=True)) if sizes else names)
         """For each layer in words, what it holds."""

@@ -15,13 +15,15 @@ def prefill(
     *,
     step_size: int,
     marks: Sequence[int] = (),
+    seen: Callable[[mx.array, mx.array], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> mx.array:
     """Logits [1, V] after `tokens`; the output matrix meets the last position only.
 
     `progress(done, total)` is called at the start and after every chunk of at most `step_size` tokens. Interrupted,
     the cache holds the chunks that were finished. At the offsets `marks` it gets checkpoints, for which no chunk is
-    divided. ValueError for a `step_size` below 1.
+    divided. `seen(hidden, tokens)` gets the hidden states [1, T, D] of every chunk and the tokens behind each of them,
+    the last of all lacking. ValueError for a `step_size` below 1.
     """
     if step_size < 1:
         raise ValueError(f"The prefill step_size must be at least 1 token, not {step_size!r}.")
@@ -30,6 +32,8 @@ def prefill(
     for start in range(0, len(tokens), step_size):
         chunk = mx.array([list(tokens[start : start + step_size])])
         hidden = model.hidden(model.embed(chunk), cache, marks=marks)
+        if seen:
+            seen(hidden, mx.array(list(tokens[start + 1 : start + 1 + chunk.size]), mx.uint32))
         mx.eval(hidden, cache.arrays, cache.remembered)
         mx.clear_cache()
         if progress:

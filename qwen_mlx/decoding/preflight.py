@@ -18,6 +18,7 @@ from qwen_mlx.decoding.reuse import SPACING
 from qwen_mlx.errors import MemoryLimitError
 from qwen_mlx.kernels.backend import gpu_generation
 from qwen_mlx.load import parameters
+from qwen_mlx.model.mtp import MTPHead
 from qwen_mlx.model.qwen import Qwen
 
 STEP_SIZES = (512, 256, 128, 64)
@@ -55,13 +56,16 @@ class Request:
     kv_bits: int | None = None
     others: int = 0
     store_room: int = 0  # bytes that a prefix store still takes
+    heads: int = 0  # draft heads, each with one full-attention layer more
 
     def plan(self, prompt: int, new: int, step_size: int) -> MemoryPlan:
         """For `prompt` tokens and `new` ones behind them. Errors of `kv_bits` as `QuantizedKVCache` has them."""
         config, rest = self.config, prompt % step_size
+        full = config.layer_types.count(FULL)
         slabs = slab_tokens(prompt, new, step_size) * kv_bytes_per_token(config, self.dtype, self.kv_bits)
+        heads = self.heads * slab_tokens(prompt, new, step_size) * kv_bytes_per_token(config, self.dtype) // full
         # A slab that grows is there twice for a moment, in one layer after the other.
-        growing = slabs // config.layer_types.count(FULL) if prompt + new > step_size else 0
+        growing = slabs // full if prompt + new > step_size else 0
         # The last whole chunk, or what is left behind it and sees more keys.
         chunks = (min(step_size, prompt - rest), prompt - rest), (rest, prompt)
         return MemoryPlan(
@@ -69,7 +73,7 @@ class Request:
             step_size=step_size,
             kv_bits=self.kv_bits,
             weights=self.weights,
-            keys_values=slabs,
+            keys_values=slabs + heads,
             states=2 * state_bytes(config, self.dtype),
             others=self.others,
             snapshots=min(self.store_room, self._kept(prompt + new)),
@@ -110,11 +114,12 @@ def check_memory(
     force: bool = False,
     held: int = 0,
     store: PrefixStore | None = None,
+    head: MTPHead | None = None,
 ) -> MemoryPlan:
     """The plan for `prompt` tokens and `new` ones; without `step_size`, with the preferred chunk that fits.
 
     `held`: bytes that the text's cache has now, which count as what they will be. A `store` gives up what it kept as
-    long as there is no room.
+    long as there is no room. A draft `head` has weights, keys and values of its own.
 
     Raises MemoryLimitError where it exceeds what the device allows, unless `force`; ValueError for a `step_size` below
     1; errors of `kv_bits` as `QuantizedKVCache` has them.
@@ -122,11 +127,13 @@ def check_memory(
     if step_size is not None and step_size < 1:
         raise ValueError(f"The prefill step_size must be at least 1 token, not {step_size!r}.")
     weights = sum(array.nbytes for array in parameters(model).values())
+    if head is not None:
+        weights += sum(array.nbytes for array in parameters(head).values())
     limit = memory_limit()
     while True:
         others = max(0, mx.get_active_memory() - weights - held)  # weights may not have been read yet
         room = max(0, store.max_bytes - store.nbytes) if store else 0
-        request = Request(model.config.text, weights, model.dtype, kv_bits, others, room)
+        request = Request(model.config.text, weights, model.dtype, kv_bits, others, room, heads=int(head is not None))
         plan = choose_plan(request, prompt, new, limit, step_size)
         if limit is None or plan.total <= limit or not (store and store.drop()):
             break

@@ -51,19 +51,27 @@ class Reuse:
         self.tokens, self.cached_tokens = list(tokens), 0
         self.in_words: str | None = None
         self._prompt_cache, self._store = prompt_cache, store
-        if store is not None and store.model is not model:
-            raise ValueError("The prefix store was made for another model; make one for this: PrefixStore(model).")
+        if store is not None:
+            if store.model is not model:
+                raise ValueError("The prefix store was made for another model; make one for this: PrefixStore(model).")
+            store.check_form(self.cache)
         if prompt_cache is not None:
             self.cache.check_form("prompt cache", prompt_cache.cache.form)
             _check_beginning(self.tokens, prompt_cache)
             self.cache, self.cached_tokens = prompt_cache.cache, len(prompt_cache.tokens)
 
     def read(
-        self, model: Qwen, tokenizer: Tokenizer, *, step_size: int, progress: Callable[[int, int], None] | None = None
+        self,
+        model: Qwen,
+        tokenizer: Tokenizer,
+        *,
+        step_size: int,
+        seen: Callable[[mx.array, mx.array], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> mx.array:
         """Logits [1, V] behind all tokens, of which those not known yet go through `model`; arguments as `prefill`'s.
 
-        Interrupted, the store has what was read up to then.
+        Interrupted, the store has the places that were passed up to then.
         """
         prompt, places = self.tokens[:], []
         if self._store is not None:
@@ -78,7 +86,7 @@ class Reuse:
                 progress(done, total)
 
         rest = prompt[self.cached_tokens :]
-        return prefill(model, rest, self.cache, step_size=step_size, marks=places, progress=chunk_done)
+        return prefill(model, rest, self.cache, step_size=step_size, marks=places, seen=seen, progress=chunk_done)
 
     def keep(self) -> None:
         """Let the store have this place too. To be called between two tokens."""

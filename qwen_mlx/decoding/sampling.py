@@ -1,10 +1,10 @@
 """Logits to a token: what may be asked for, the distribution it means, and the draw from it.
 
 In: logits [B, V] of the next token. Out: tokens [B], lazily, so that a generation can build the next step before this
-one is evaluated. Knows neither the model nor the text: which tokens end a reply, and the stop strings and max_tokens
-that `SamplingParams` carries, are the business of whoever runs the loop.
+one is evaluated. Knows neither the model nor the text: what ends a reply is the business of whoever runs the loop.
 """
 
+import copy
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -16,27 +16,18 @@ import mlx.core as mx
 from qwen_mlx.decoding.stop import stop_tuple
 from qwen_mlx.errors import CheckpointError
 
-_Rules = dict[str, tuple[Callable[[Any], bool], str]]
-
-_NUMBERS: _Rules = {
-    "temperature": (lambda x: 0 <= x < math.inf, "a finite number, at least 0 (0 always takes the likeliest token)"),
-    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1 (1 switches it off)"),
-    "min_p": (lambda x: 0 <= x <= 1, "between 0 and 1 (0 switches it off)"),
-    "repetition_penalty": (lambda x: 0 < x < math.inf, "a finite number above 0 (1 switches it off)"),
-    "presence_penalty": (lambda x: -2 <= x <= 2, "between -2 and 2 (0 switches it off)"),
-    "frequency_penalty": (lambda x: -2 <= x <= 2, "between -2 and 2 (0 switches it off)"),
+_NUMBER = (int, float)
+_RULES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {  # name -> its types, its values, both told
+    "temperature": (_NUMBER, lambda x: 0 <= x < math.inf, "a finite number, at least 0 (0 takes the likeliest token)"),
+    "top_p": (_NUMBER, lambda x: 0 < x <= 1, "above 0 and at most 1 (1 switches it off)"),
+    "min_p": (_NUMBER, lambda x: 0 <= x <= 1, "between 0 and 1 (0 switches it off)"),
+    "repetition_penalty": (_NUMBER, lambda x: 0 < x < math.inf, "a finite number above 0 (1 switches it off)"),
+    "presence_penalty": (_NUMBER, lambda x: -2 <= x <= 2, "between -2 and 2 (0 switches it off)"),
+    "frequency_penalty": (_NUMBER, lambda x: -2 <= x <= 2, "between -2 and 2 (0 switches it off)"),
+    "top_k": ((int,), lambda n: n >= 0, "an integer, at least 0 (0 switches it off)"),
+    "max_tokens": ((int,), lambda n: n >= 1, "an integer, at least 1"),
+    "seed": ((int, type(None)), lambda n: n is None or 0 <= n < 2**64, "None or an integer from 0 to 2**64 - 1"),
 }
-_INTEGERS: _Rules = {
-    "top_k": (lambda n: n >= 0, "an integer, at least 0 (0 switches it off)"),
-    "max_tokens": (lambda n: n >= 1, "an integer, at least 1"),
-    "seed": (lambda n: 0 <= n < 2**64, "None or an integer from 0 to 2**64 - 1"),
-}
-
-
-def _check(name: str, value: object, rules: _Rules, types: tuple[type, ...]) -> None:
-    allowed, words = rules[name]
-    if isinstance(value, bool) or not isinstance(value, types) or not allowed(value):
-        raise ValueError(f"{name} must be {words}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -62,11 +53,10 @@ class SamplingParams:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name in _NUMBERS:
-            _check(name, getattr(self, name), _NUMBERS, (int, float))
-        for name in _INTEGERS:
-            if name != "seed" or self.seed is not None:
-                _check(name, getattr(self, name), _INTEGERS, (int,))
+        for name, (types, allowed, words) in _RULES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, types) or not allowed(value):
+                raise ValueError(f"{name} must be {words}, not {value!r}")
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
             raise ValueError(f"logit_bias must map integer token ids to finite numbers, not {self.logit_bias!r}")
         for token, bias in (self.logit_bias or {}).items():
@@ -131,7 +121,7 @@ class Sampler:
     Ties: top_k, top_p and min_p keep every logit at or above a threshold, so equal logits stand or fall together
     (top_k may keep more than k). Greedy decoding takes the lowest of equal ids.
 
-    All state is in values, so `copy.copy(sampler)` is an independent sampler at the same place.
+    All state is in values, so `copy.copy(sampler)` is an independent sampler at the same place and with the same keys.
     """
 
     def __init__(self, params: SamplingParams, prompt_tokens: Sequence[int], *, vocab_size: int, num_real_tokens: int):
@@ -155,11 +145,10 @@ class Sampler:
 
     def __call__(self, logits: mx.array) -> mx.array:
         """Draw one token per row and count it: logits [B, V] -> tokens [B] uint32, not yet evaluated."""
-        scores = self._penalized(logits)
         if self.params.temperature == 0:
-            tokens = mx.argmax(scores, axis=-1)
+            tokens = self.greedy(logits)
         else:
-            tokens = mx.random.categorical(_truncated(scores, self.params), key=self.next_key())
+            tokens = mx.random.categorical(_truncated(self._penalized(logits), self.params), key=self.next_key())
         self.observe(tokens)
         return tokens
 
@@ -168,19 +157,34 @@ class Sampler:
 
         Tokens that cannot be drawn, padding among them, have -inf; at temperature 0 that is all but one.
         """
-        scores = self._penalized(logits)
         if self.params.temperature == 0:
-            chosen = mx.argmax(scores, axis=-1, keepdims=True)
-            scores = mx.where(mx.arange(self.num_real_tokens) == chosen, mx.array(0.0), -math.inf)
+            scores = mx.where(mx.arange(self.num_real_tokens) == self.greedy(logits)[:, None], mx.array(0.0), -math.inf)
         else:
-            scores = _truncated(scores, self.params)
+            scores = _truncated(self._penalized(logits), self.params)
         return mx.pad(scores, [(0, 0), (0, self.vocab_size - self.num_real_tokens)], constant_values=-math.inf)
+
+    def greedy(self, logits: mx.array) -> mx.array:
+        """The token that temperature 0 draws, at any temperature: [B, V] -> [B] uint32; changes nothing."""
+        return mx.argmax(self._penalized(logits), axis=-1)
 
     def observe(self, tokens: mx.array) -> None:
         """Count tokens [B] as generated, as `__call__` does; for real tokens that were chosen elsewhere."""
         if self._counts is not None:
             counts = mx.broadcast_to(self._counts, (tokens.shape[0], self.num_real_tokens))
             self._counts = counts.at[mx.arange(tokens.shape[0]), tokens].add(1.0)
+
+    def along(self, tokens: mx.array) -> "Sampler":
+        """For one reply that may go on with `tokens` [k]: a copy with k + 1 rows; row i has counted the first i.
+
+        ValueError where several replies have been counted.
+        """
+        places = copy.copy(self)
+        if self._counts is not None:
+            if self._counts.shape[0] != 1:
+                raise ValueError(f"along follows one reply, but this sampler has counted {self._counts.shape[0]}")
+            said = mx.cumsum(tokens[:, None] == mx.arange(self.num_real_tokens), axis=0)
+            places._counts = mx.concatenate([self._counts, self._counts + said])
+        return places
 
     def next_key(self) -> mx.array:
         """A key for `mx.random` that has not been used yet; the sequence of keys follows from the seed alone."""
@@ -200,7 +204,7 @@ class Sampler:
         scores, params, counts = scores.astype(mx.float32), self.params, self._counts
         if params.repetition_penalty != 1:
             scaled = mx.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
-            scores = mx.where(self._in_prompt | (counts > 0), scaled, scores)
+            scores = mx.where(self._in_prompt + counts > 0, scaled, scores)
         if params.presence_penalty != 0:
             scores = scores - params.presence_penalty * (counts > 0)
         if params.frequency_penalty != 0:

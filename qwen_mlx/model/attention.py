@@ -54,6 +54,10 @@ class Attention(nn.Module):
             o = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         return self.o_proj(sigmoid_gated(o.transpose(0, 2, 1, 3), gate).reshape(B, T, -1))
 
+    def turned(self, keys: mx.array, places: int) -> mx.array:
+        """Keys as they are cached, for tokens that stand `places` further on, or back."""
+        return self._rope.turned(keys, places)
+
     def _head_norms(self) -> HeadNorms:
         gains = self.q_norm.weight, self.k_norm.weight
         if self._rope.scale != 1:  # with YaRN, two launches more: a rotation leaves a factor what it is

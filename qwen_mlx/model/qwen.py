@@ -80,20 +80,28 @@ class Qwen(nn.Module):
             return self.model.embed_tokens.as_linear(hidden)
         return self.lm_head(hidden)
 
-    def step(self, tokens: mx.array, cache: SequenceCache) -> mx.array:
-        """One more token for each row behind what `cache` holds: tokens [B, 1] -> logits [B, V]."""
+    def step(self, tokens: mx.array, cache: SequenceCache) -> tuple[mx.array, mx.array]:
+        """One more token for each row behind what `cache` holds: tokens [B, 1] -> logits [B, V], hidden [B, 1, D]."""
         # Without Metal, compiling needs a C++ compiler; an empty cache has no states that could go into the graph, and
         # the graph does not know quantized keys and values.
         if gpu_generation() is None or cache.offset == 0 or any(isinstance(c, QuantizedKVCache) for c in cache.layers):
-            return self(tokens, cache)[:, -1]
+            hidden = self.hidden(self.embed(tokens), cache)
+            return self.logits(hidden)[:, -1], hidden
         if self._compiled_step is None:
             mx.eval(self.parameters())
             model = proxy(self)  # the step belongs to the model, and must not keep it alive
             self._compiled_step = CompiledStep(lambda *args: model._forward(*args), self.config.text.layer_types)
-        return self._compiled_step(tokens, cache)[:, -1]
+        logits, hidden = self._compiled_step(tokens, cache)
+        return logits[:, -1], hidden
 
-    def _forward(self, tokens: mx.array, caches: Sequence[LayerCache], span: Span) -> mx.array:
-        return self.logits(self.model(self.embed(tokens), caches, span))
+    def _forward(self, tokens: mx.array, caches: Sequence[LayerCache], span: Span) -> tuple[mx.array, mx.array]:
+        hidden = self.model(self.embed(tokens), caches, span)
+        return self.logits(hidden), hidden
+
+    def turn(self, keys: mx.array, places: int) -> mx.array:
+        """keys [B, Hkv, T, Dh] of a cache, for tokens that stand `places` further on, or back: a rotation more."""
+        layer = self.model.layers[self.config.text.layer_types.index(FULL)]
+        return layer.self_attn.turned(keys, places)
 
     def __call__(self, tokens: mx.array, cache: SequenceCache | None = None) -> mx.array:
         """tokens [B, T] -> logits [B, T, V]; without a cache the sequence is forgotten."""

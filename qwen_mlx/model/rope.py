@@ -38,10 +38,17 @@ class RotaryEmbedding:
             return mx.fast.rope(
                 x, self.dims, traditional=False, base=base, scale=1.0, offset=offset, freqs=self._periods
             )
-        half = self.dims // 2
         axes = mx.moveaxis(positions.astype(mx.float32), 0, -1)[..., mx.array(self._axis)]  # [B, T, R/2]
-        angles = (axes * self.frequencies)[:, None]  # [B, 1, T, R/2]
-        cos, sin = self.scale * mx.cos(angles), self.scale * mx.sin(angles)
+        return self._rotated(x, (axes * self.frequencies)[:, None], self.scale)
+
+    def turned(self, x: mx.array, places: int) -> mx.array:
+        """x [B, H, T, Dh], which is rotated already, for tokens that stand `places` further on, or back."""
+        return self._rotated(x, places * self.frequencies, 1.0)
+
+    def _rotated(self, x: mx.array, angles: mx.array, scale: float) -> mx.array:
+        """By `angles`, which have R/2 on their last axis."""
+        half = self.dims // 2
+        cos, sin = scale * mx.cos(angles), scale * mx.sin(angles)
         left, right = (x[..., a : a + half].astype(mx.float32) for a in (0, half))
         turned = mx.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
         return mx.concatenate([turned.astype(x.dtype), x[..., self.dims :]], axis=-1)

@@ -17,11 +17,11 @@ from qwen_mlx.config import FULL
 from qwen_mlx.model.span import Span
 
 LayerCache = TracedKVCache | RecurrentCache
-Forward = Callable[[mx.array, Sequence[LayerCache], Span], mx.array]
+Forward = Callable[[mx.array, Sequence[LayerCache], Span], tuple[mx.array, mx.array]]
 
 
 class CompiledStep:
-    """`forward(tokens, caches, span)`, which gives logits [B, 1, V], compiled anew whenever the slabs have grown.
+    """`forward(tokens, caches, span)`, which gives logits [B, 1, V] and hidden [B, 1, D], compiled when slabs grow.
 
     The weights must be evaluated; they become part of the graph, and one that is exchanged later is not seen.
     """
@@ -30,14 +30,14 @@ class CompiledStep:
         # Not a method: the graph, which holds the weights, would be freed by the garbage collector alone.
         self._run: Callable[..., Any] = mx.compile(partial(_trace, forward, layer_types))
 
-    def __call__(self, tokens: mx.array, cache: SequenceCache) -> mx.array:
-        """tokens [B, 1] -> logits [B, 1, V]; `cache`, which is not empty, takes them in."""
+    def __call__(self, tokens: mx.array, cache: SequenceCache) -> tuple[mx.array, mx.array]:
+        """tokens [B, 1] -> logits [B, 1, V], hidden [B, 1, D]; `cache`, which is not empty, takes them in."""
         cache.make_room()
         padding = [] if cache.left_padding is None else [cache.left_padding]
         # Of another integer type, the ids would have a graph of their own.
-        logits, *arrays = self._run(tokens.astype(mx.uint32), mx.array(cache.offset), padding, cache.arrays)
+        logits, hidden, *arrays = self._run(tokens.astype(mx.uint32), mx.array(cache.offset), padding, cache.arrays)
         cache.advance(arrays)
-        return logits
+        return logits, hidden
 
 
 def _trace(
@@ -59,5 +59,5 @@ def _trace(
         seen = seen & (places >= pad[:, None, None, None])
     attention = mx.broadcast_to(seen, (tokens.shape[0], 1, 1, places.size))
     # Whatever pads a row lies before what its cache holds: a token that is decoded is never padding.
-    logits = forward(tokens, caches, Span(attention))
-    return [logits, *(array for cache in caches for array in cache.arrays)]
+    logits, hidden = forward(tokens, caches, Span(attention))
+    return [logits, hidden, *(array for cache in caches for array in cache.arrays)]

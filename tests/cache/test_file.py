@@ -107,7 +107,8 @@ def test_quantized_keys_and_values(bits: int, tmp_path: Path, model: Qwen) -> No
 def test_keys_and_values_in_other_bits_are_refused(tmp_path: Path, model: Qwen) -> None:
     cache = model.make_cache(kv_bits=8)
     path, _, _ = save(tmp_path / "prompt.safetensors", model, cache=cache)
-    refused(path, model, "layer 0 holds .* in 8 bits there, and .* in float32 here; give the same kv_bits")
+    words = "layer 3 holds QuantizedKVCache of .*, 8 bits kept there, and KVCache of .* here; give the same kv_bits"
+    refused(path, model, words)
 
 
 def test_what_was_taken_back_is_not_in_the_file(tmp_path: Path, model: Qwen) -> None:

@@ -7,9 +7,12 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qwen_mlx.chat.template import render
+from qwen_mlx.chat.template import CUT, render
 from qwen_mlx.errors import PromptError
+from qwen_mlx.hub import resolve
 
 # A small template with the turns of Qwen3.5: no default system prompt, trimmed contents, thinking unless told not to,
 # tool calls in XML with Python's spelling of scalars and JSON for the rest, tool results in a user turn.
@@ -276,6 +279,28 @@ def test_loop_controls() -> None:
 def test_strftime_now_is_todays_date() -> None:
     before, said, after = datetime.now(), render("{{ strftime_now('%Y-%m-%d') }}", HELLO), datetime.now()
     assert f"{before:%Y-%m-%d}" <= said <= f"{after:%Y-%m-%d}"
+
+
+DEMO = (resolve("demo") / "chat_template.jinja").read_text(encoding="utf-8")
+# What is not empty for a template that trims; a whole tool result is no question, and half of one is.
+SAID = st.text(max_size=40).filter(lambda text: text.strip() and "tool_response" not in text)
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+@pytest.mark.parametrize("template", [TEMPLATE, DEMO], ids=["small", "demo"])
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(beginning=SAID, rest=SAID, system=st.none() | SAID)
+def test_cut_in_two_it_is_the_whole(
+    template: str, thinking: bool | None, beginning: str, rest: str, system: str | None
+) -> None:
+    before = [] if system is None else [{"role": "system", "content": system}]
+
+    def rendered(said: str) -> str:
+        return render(template, [*before, {"role": "user", "content": said}], thinking=thinking)
+
+    head, _, _ = rendered(beginning + CUT).rpartition(CUT)
+    _, _, tail = rendered(CUT + rest).partition(CUT)
+    assert head + tail == rendered(beginning + rest)
 
 
 @pytest.mark.parametrize("thinking", [None, True, False])

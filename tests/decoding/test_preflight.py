@@ -1,5 +1,6 @@
 """The memory preflight: its count against measured peaks, what it chooses, and what it refuses in which words."""
 
+import gc
 import importlib
 import re
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from qwen_mlx import generate, load
+from qwen_mlx import PrefixStore, generate, load
 from qwen_mlx.cache.kv import KVCache, grown
 from qwen_mlx.cache.sizes import kv_bytes_per_token, slab_tokens, state_bytes
 from qwen_mlx.cli import run
@@ -21,11 +22,12 @@ from qwen_mlx.decoding.autoregressive import decode
 from qwen_mlx.decoding.memory import memory_limit
 from qwen_mlx.decoding.prefill import prefill
 from qwen_mlx.decoding.preflight import STEP_SIZES, Request, check_memory, choose_plan, longest_context
+from qwen_mlx.decoding.reuse import Reuse
 from qwen_mlx.decoding.sampling import Sampler, SamplingParams
 from qwen_mlx.errors import MemoryLimitError
 from qwen_mlx.model.qwen import Qwen
+from tests.golden.checkpoints import IM_START, Variant, config
 from tests.golden.checkpoints import VARIANTS as SIZES
-from tests.golden.checkpoints import Variant, config
 
 MODEL, TOKENIZER = load("demo")
 NEW = 20
@@ -47,17 +49,11 @@ def random_model(sizes: Variant) -> Qwen:
     return model
 
 
-def measured(model: Qwen, tokens: list[int], step_size: int, kv_bits: int | None) -> int:
-    """Bytes at the peak of a prefill and NEW tokens, weights included; what others hold is not."""
-
-    def work() -> None:
-        cache = model.make_cache(kv_bits=kv_bits)
-        sampler = Sampler(SamplingParams(), tokens, vocab_size=384, num_real_tokens=352)
-        logits = prefill(model, tokens, cache, step_size=step_size)
-        list(decode(model, logits, cache, sampler, count=NEW))
-
+def measured(model: Qwen, work: Callable[[], None]) -> int:
+    """Bytes at the peak of `work`, weights included; what others hold is not."""
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     mx.synchronize()
+    gc.collect()
     mx.clear_cache()
     others = mx.get_active_memory() - weights
     mx.reset_peak_memory()
@@ -73,9 +69,46 @@ def test_the_count_is_near_the_measured_peak(name: str, kv_bits: int | None) -> 
     model = random_model(sizes)
     tokens = np.random.default_rng(0).integers(0, 352, prompt).tolist()
     for step_size in (512, 128):
+
+        def work(step_size: int = step_size) -> None:
+            cache = model.make_cache(kv_bits=kv_bits)
+            sampler = Sampler(SamplingParams(), tokens, vocab_size=384, num_real_tokens=352)
+            logits = prefill(model, tokens, cache, step_size=step_size)
+            list(decode(model, logits, cache, sampler, count=NEW))
+
         plan = replace(check_memory(model, prompt, NEW, step_size=step_size, kv_bits=kv_bits, force=True), others=0)
-        peak = measured(model, tokens, step_size, kv_bits)
-        assert 0.8 < plan.total / peak < 1.2
+        assert 0.8 < plan.total / measured(model, work) < 1.2
+
+
+class MessageStarts:
+    """In place of a tokenizer: one token begins a message, and nothing is put into words."""
+
+    def token_to_id(self, token: str) -> int:
+        return IM_START
+
+    def decode(self, ids: list[int]) -> str:
+        return str(ids)
+
+
+@pytest.mark.parametrize("name", ["scores", "delta_rule", "keys_and_values"])
+def test_the_count_with_a_store_is_near_the_measured_peak(name: str) -> None:
+    """Five messages: a place that is kept at each of them."""
+    (sizes, prompt), step_size = SHAPES[name], 128
+    model, tokenizer = random_model(sizes), MessageStarts()
+    tokens = np.random.default_rng(0).integers(0, 352, prompt).tolist()
+    tokens[prompt // 6 :: prompt // 6] = [IM_START] * len(tokens[prompt // 6 :: prompt // 6])
+
+    def work() -> None:
+        text = Reuse(model, tokens, store=PrefixStore(model))
+        logits = text.read(model, tokenizer, step_size=step_size)  # type: ignore[arg-type]
+        sampler = Sampler(SamplingParams(), tokens, vocab_size=384, num_real_tokens=352)
+        for token, *_ in decode(model, logits, text.cache, sampler, count=NEW):
+            text.tokens.append(token)
+        text.keep()
+
+    store = PrefixStore(model)
+    plan = replace(check_memory(model, prompt, NEW, step_size=step_size, force=True, store=store), others=0)
+    assert 0.8 < plan.total / measured(model, work) < 1.2
 
 
 @pytest.fixture
@@ -182,6 +215,71 @@ def test_what_is_held_beside_the_model_counts(allowed: Callable[[int], None]) ->
     held = mx.zeros((10**7,), mx.int8)
     mx.eval(held)
     assert check_memory(MODEL, 10, 1).others - before == pytest.approx(10**7, rel=0.01)
+
+
+def test_what_a_text_holds_already_is_not_counted_twice(allowed: Callable[[int], None]) -> None:
+    allowed(10**12)
+    held = mx.zeros((10**7,), mx.int8)
+    mx.eval(MODEL.parameters(), held)
+    with_it, without = check_memory(MODEL, 10, 1), check_memory(MODEL, 10, 1, held=10**7)
+    assert with_it.others - without.others == 10**7
+
+
+def test_what_will_be_kept_of_a_text_counts() -> None:
+    """Its keys and values once more, and states at its end, in its last tokens and after every 2,048."""
+    per_token, states = kv_bytes_per_token(REQUEST.config, mx.float32), state_bytes(REQUEST.config, mx.float32)
+    without, plan = REQUEST.plan(5000, 100, 512), replace(REQUEST, store_room=10**12).plan(5000, 100, 512)
+    assert (without.snapshots, plan.snapshots) == (0, 5100 * per_token + 4 * states)
+    assert plan.total - without.total == plan.snapshots
+
+
+def test_no_more_will_be_kept_than_the_store_takes() -> None:
+    assert replace(REQUEST, store_room=1000).plan(5000, 100, 512).snapshots == 1000
+
+
+TEXTS = [[n] * 300 for n in (3, 4, 5)]
+
+
+def store_of(texts: list[list[int]]) -> PrefixStore:
+    """Every text as one piece, the last one used the latest."""
+    store = PrefixStore(MODEL, 1 << 30)
+    for text in texts:
+        cache = MODEL.make_cache()
+        mx.eval(MODEL(mx.array([text]), cache), cache.arrays)
+        cache.checkpoint()
+        store.add(text, cache)
+    gc.collect()
+    return store
+
+
+def kept(store: PrefixStore) -> list[bool]:
+    return [store.restore([*text, 0], MODEL.make_cache()).cached > 0 for text in TEXTS]
+
+
+def test_a_store_that_is_full_keeps_nothing_more(allowed: Callable[[int], None]) -> None:
+    allowed(10**12)
+    store = store_of(TEXTS)
+    store.max_bytes = store.nbytes + 1000
+    assert check_memory(MODEL, 300, 1, store=store).snapshots == 1000
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_a_store_gives_up_as_much_as_there_must_be_room_for(count: int, allowed: Callable[[int], None]) -> None:
+    allowed(10**12)
+    store = store_of(TEXTS)
+    each, total = store.nbytes // 3, check_memory(MODEL, 300, 1, step_size=64, store=store).total
+    allowed(total - count * each + each // 2)
+    plan = check_memory(MODEL, 300, 1, step_size=64, store=store)
+    assert kept(store) == [place >= count for place in range(3)]
+    assert plan.total == pytest.approx(total - count * each, abs=each // 4)
+
+
+def test_where_not_even_an_empty_store_leaves_room_it_is_refused_with_numbers(allowed: Callable[[int], None]) -> None:
+    allowed(300_000_000)
+    store = store_of(TEXTS)
+    with pytest.raises(MemoryLimitError, match=r"what is kept for the next prompt \d\.\d\d, a chunk of 64 tokens"):
+        check_memory(MODEL, 262_144, 512, store=store)
+    assert store.nbytes == 0
 
 
 def test_linux_says_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

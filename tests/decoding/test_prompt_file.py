@@ -1,4 +1,5 @@
-"""What makes a prompt file another model's: each file of a model folder, and nothing else."""
+"""Prompts in files: saved and loaded = never saved; and what makes a file another model's, each file of a model folder
+and nothing else."""
 
 import json
 import shutil
@@ -8,12 +9,15 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from qwen_mlx import load
-from qwen_mlx.cache.file import Fingerprint, read_cache, write_cache
+from qwen_mlx import PromptCache, load, load_prompt_cache, save_prompt_cache, stream_generate
+from qwen_mlx.cache.file import Fingerprint
 from qwen_mlx.checkpoint import read_header
+from qwen_mlx.decoding.prefill import prefill
 from qwen_mlx.decoding.prompt_file import fingerprint
 from qwen_mlx.errors import CheckpointError, PromptCacheError
 from qwen_mlx.hub import resolve
+from qwen_mlx.model.qwen import Qwen
+from qwen_mlx.tokenizer import Tokenizer
 
 PARTS = ("model", "tokenizer", "template", "dtype")
 
@@ -129,14 +133,58 @@ def test_a_file_that_is_gone(name: str, folder: Path) -> None:
         fingerprint(model, tokenizer)
 
 
+def test_a_model_that_was_not_loaded_has_no_fingerprint(folder: Path) -> None:
+    loaded, tokenizer = load(folder)
+    with pytest.raises(ValueError, match="This model was not loaded from a folder"):
+        fingerprint(Qwen(loaded.config), tokenizer)
+
+
+def computed(model: Qwen, tokenizer: Tokenizer, kv_bits: int | None = None) -> PromptCache:
+    prompt = PromptCache(tokenizer.encode("Once upon a time" * 20), model.make_cache(kv_bits=kv_bits))
+    mx.eval(prefill(model, prompt.tokens, prompt.cache, step_size=64))
+    return prompt
+
+
+@pytest.mark.parametrize(("dtype", "kv_bits"), [("float32", None), ("float32", 8), ("bfloat16", None), ("bfloat16", 4)])
+def test_saved_and_loaded_is_never_saved(dtype: str, kv_bits: int | None, tmp_path: Path) -> None:
+    model, tokenizer = load("demo", dtype=dtype)
+    prompt, path = computed(model, tokenizer, kv_bits), tmp_path / "prompt.safetensors"
+    save_prompt_cache(path, prompt, model, tokenizer)
+    loaded = load_prompt_cache(path, *load("demo", dtype=dtype), kv_bits=kv_bits)
+    assert loaded.tokens == prompt.tokens
+    said = []
+    for known in (prompt, loaded):
+        asked = [*known.tokens, *tokenizer.encode(", the fox")]
+        options = {"temperature": 0.0, "max_tokens": 32, "kv_bits": kv_bits}
+        options |= {"logit_bias": {token: -1e4 for token in model.config.eos_token_ids}}
+        said.append([r.token for r in stream_generate(model, tokenizer, asked, prompt_cache=known, **options)])
+    assert (len(said[0]), said[0]) == (32, said[1])
+
+
+def test_an_answer_can_be_saved_with_its_prompt(tmp_path: Path) -> None:
+    model, tokenizer = load("demo", dtype="float32")
+    prompt = computed(model, tokenizer)
+    asked = [*prompt.tokens, *tokenizer.encode(", the fox")]
+    list(stream_generate(model, tokenizer, asked, prompt_cache=prompt, max_tokens=5))
+    save_prompt_cache(tmp_path / "prompt.safetensors", prompt, model, tokenizer)
+    loaded = load_prompt_cache(tmp_path / "prompt.safetensors", model, tokenizer)
+    assert (loaded.tokens, loaded.cache.offset) == (prompt.tokens, len(prompt.tokens))
+    assert loaded.tokens[: len(asked)] == asked
+
+
+@pytest.mark.parametrize(("saved", "asked"), [(None, 8), (8, None), (8, 4)])
+def test_other_bits_are_refused(saved: int | None, asked: int | None, tmp_path: Path) -> None:
+    model, tokenizer = load("demo", dtype="float32")
+    save_prompt_cache(tmp_path / "prompt.safetensors", computed(model, tokenizer, saved), model, tokenizer)
+    with pytest.raises(PromptCacheError, match="give the same kv_bits"):
+        load_prompt_cache(tmp_path / "prompt.safetensors", model, tokenizer, kv_bits=asked)
+
+
 def test_another_model_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
     model, tokenizer = load(folder, dtype="float32")
-    cache, tokens = model.make_cache(), tokenizer.encode("Once upon a time")
-    mx.eval(model(mx.array([tokens]), cache))
-    write_cache(tmp_path / "prompt.safetensors", cache, tokens, fingerprint(model, tokenizer))
+    save_prompt_cache(tmp_path / "prompt.safetensors", computed(model, tokenizer), model, tokenizer)
     fine_tune(folder)
     other = folder.rename(folder.with_name("tuned"))
-    model, tokenizer = load(other, dtype="float32")
     words = "was made with demo in float32, and this is tuned in float32: they differ in model;"
     with pytest.raises(PromptCacheError, match=words):
-        read_cache(tmp_path / "prompt.safetensors", model.make_cache(), fingerprint(model, tokenizer))
+        load_prompt_cache(tmp_path / "prompt.safetensors", *load(other, dtype="float32"))

@@ -131,6 +131,52 @@ def test_processed_logits_are_those_of_transformers(params: SamplingParams) -> N
     np.testing.assert_allclose(np.array(got[0, :REAL]), scores.softmax(-1)[0].numpy(), rtol=2e-6, atol=1e-30)
 
 
+@every_case
+def test_along_has_counted_the_first_tokens_at_every_place(params: SamplingParams) -> None:
+    ahead = [2, 3, 2, 0]
+    got = started(params, rows=1).along(mx.array(ahead)).processed_logits(rows_of(LOGITS, 5))
+    expected = np.stack([probabilities(LOGITS, params, PROMPT, REPLY + ahead[:place]) for place in range(5)])
+    np.testing.assert_allclose(np.array(mx.softmax(got, axis=-1)), expected, rtol=2e-6, atol=1e-30)
+
+
+def test_along_nothing_has_the_one_place() -> None:
+    got = started(CASES["all"], rows=1).along(mx.array([], mx.uint32)).processed_logits(mx.array(LOGITS)[None])
+    expected = probabilities(LOGITS, CASES["all"], PROMPT, REPLY)
+    np.testing.assert_allclose(np.array(mx.softmax(got, axis=-1)[0]), expected, rtol=2e-6, atol=1e-30)
+
+
+def test_along_leaves_the_sampler_where_it_was() -> None:
+    sampler = started(CASES["all"], rows=1)
+    sampler.along(mx.array([2, 3])).observe(mx.array([0, 0, 0]))
+    got = mx.softmax(sampler.processed_logits(mx.array(LOGITS)[None]), axis=-1)
+    expected = probabilities(LOGITS, CASES["all"], PROMPT, REPLY)
+    np.testing.assert_allclose(np.array(got[0]), expected, rtol=2e-6, atol=1e-30)
+
+
+def test_along_counts_no_padding() -> None:
+    got = started(CASES["all"], rows=1).along(mx.array([REAL])).processed_logits(rows_of(LOGITS, 2))
+    assert mx.array_equal(got[0], got[1])
+
+
+def test_along_makes_no_counts_without_penalties(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = started(CASES["top_p"], rows=1)
+    for name in ("cumsum", "concatenate", "broadcast_to", "zeros"):
+        monkeypatch.delattr(mx, name)
+    sampler.along(mx.array([2, 3]))
+
+
+def test_along_refuses_several_replies() -> None:
+    with pytest.raises(ValueError, match="one reply, but this sampler has counted 3"):
+        started(CASES["all"], rows=3).along(mx.array([2, 3]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_greedy_is_the_likeliest_after_bias_and_penalties(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, logit_bias={7: 1.0}, presence_penalty=0.5)
+    sampler = started(params, rows=1, reply=[7])
+    assert [sampler.greedy(mx.array(LOGITS)[None]).item() for _ in range(2)] == [0, 0]  # counted, 0 would give way to 7
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p"), [(0, 0.9, 0.0), (50, 0.8, 0.0), (40, 1.0, 0.02), (300, 0.95, 0.01)]

@@ -148,5 +148,5 @@ def greedy(model: Qwen, prompt: list[int], count: int) -> tuple[list[int], int]:
     logits = model(mx.array([ids]), cache)[:, -1]
     for _ in range(count):
         ids.append(int(mx.argmax(logits).item()))
-        logits = model.step(mx.array([ids[-1:]]), cache)
+        logits, _ = model.step(mx.array([ids[-1:]]), cache)
     return ids, len(prompt)

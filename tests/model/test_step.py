@@ -31,7 +31,7 @@ class CountedStep(CompiledStep):
     def __init__(self, model: Qwen) -> None:
         self.traces = 0
 
-        def forward(*arguments: Any) -> mx.array:
+        def forward(*arguments: Any) -> tuple[mx.array, mx.array]:
             self.traces += 1
             return model._forward(*arguments)
 
@@ -58,7 +58,7 @@ def largest_difference(model: Qwen, step: CompiledStep, caches: list[SequenceCac
     eager, compiled = caches
     token, worst = prompt(eager.arrays[0].shape[0], 1), 0.0
     for _ in range(count):
-        logits, ours = model(token, eager), step(token, compiled)
+        logits, (ours, _) = model(token, eager), step(token, compiled)
         worst = max(worst, float(mx.abs(logits - ours).max().item()))
         token = mx.argmax(logits[:, -1], axis=-1)[:, None]
     return worst
@@ -108,11 +108,11 @@ def test_a_snapshot_stays_what_it_was(model_of: Callable[[str, str], Qwen]) -> N
     model = model_of("b-r2-d64", "float32")
     step, cache = step_of(model), after_prompt(model, 1, 20)
     snapshot = cache.snapshot()
-    first = np.array(step(prompt(1, 1), cache))
+    first = np.array(step(prompt(1, 1), cache)[0])
     mx.eval(step(prompt(1, 2)[:, -1:], cache))
     cache.restore(snapshot)
     assert cache.offset == 20
-    assert np.array_equal(np.array(step(prompt(1, 1), cache)), first)
+    assert np.array_equal(np.array(step(prompt(1, 1), cache)[0]), first)
 
 
 def same_arrays(one: SequenceCache, other: SequenceCache) -> bool:
@@ -168,7 +168,7 @@ def test_slabs_are_written_in_place_on_a_cpu(model_of: Callable[[str, str], Qwen
 def test_without_metal_the_model_steps_eagerly(model_of: Callable[[str, str], Qwen]) -> None:
     model = model_of("b-r2-d64", "float32")
     cache = after_prompt(model, 1, 5)
-    assert model.step(prompt(1, 1), cache).shape == (1, model.config.text.vocab_size)
+    assert model.step(prompt(1, 1), cache)[0].shape == (1, model.config.text.vocab_size)
     assert model._compiled_step is None
 
 
@@ -182,7 +182,7 @@ def on_metal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_first_token_of_all_is_stepped_eagerly(model_of: Callable[[str, str], Qwen]) -> None:
     model = model_of("b-r2-d64", "float32")
     cache = model.make_cache()
-    logits = [model.step(mx.array([[token]]), cache) for token in (3, 4)]
+    logits = [model.step(mx.array([[token]]), cache)[0] for token in (3, 4)]
     expected = model(mx.array([[3, 4]]))
     assert cache.offset == 2
     assert mx.abs(mx.stack(logits, axis=1) - expected).max() < 5e-4

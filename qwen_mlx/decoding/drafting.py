@@ -1,0 +1,156 @@
+"""What is asked for, as a drafter and what decides on the number of its drafts: `Drafting`, or None for the plain loop.
+
+The draft head of a model is looked for once, and what a round with drafts costs is measured once, by rounds that make
+text: both are kept as long as the model.
+"""
+
+from collections.abc import Sequence
+from statistics import median
+from weakref import finalize
+
+from qwen_mlx.decoding.draft_length import Costs, DraftLength
+from qwen_mlx.decoding.drafters import MTPDrafter, NGramDrafter
+from qwen_mlx.decoding.sampling import SamplingParams
+from qwen_mlx.decoding.speculative import Drafting
+from qwen_mlx.errors import CheckpointError
+from qwen_mlx.kernels.backend import gpu_generation
+from qwen_mlx.kernels.gated_delta import SCAN_TOKENS
+from qwen_mlx.load_mtp import load_mtp
+from qwen_mlx.model.mtp import MTPHead
+from qwen_mlx.model.qwen import Qwen
+
+MODES = ("auto", "mtp", "ngram", "off")
+MOST = 4
+"""Drafts of a round at most."""
+SETTLED = 256
+"""Tokens of a text before drafts are tried where each row that is verified costs almost a step."""
+M3 = 15  # the GPU generation from which a quantized matmul of a few rows costs little more than that of one
+
+_known: dict[int, "Known"] = {}  # by the id of a model; MLX's modules have no hash
+
+
+def drafting(
+    model: Qwen, tokens: Sequence[int], params: SamplingParams, mode: str = "auto", most: int | None = None
+) -> Drafting | None:
+    """For the answer to `tokens`: "mtp" by the draft head, "ngram" by what stood in the text before, "off" none, and
+    "auto" by the head where the model has one. `most` drafts a round at most, None leaving that to MOST.
+
+    A seed promises the same text again, but how many drafts a round takes follows from measured time, and with them the
+    random numbers of each token: where text is drawn with a seed, "auto" is off, and the others take `most` always.
+
+    Raises ValueError for another mode or `most`, which is at least 1 and leaves a round no longer than what a cache can
+    take back a part of, CheckpointError for "mtp" without a head.
+    """
+    if mode not in MODES:
+        raise ValueError(f"speculate must be {', '.join(MODES)}, not {mode!r}.")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or not 1 <= most < SCAN_TOKENS):
+        raise ValueError(f"num_draft_tokens must be an integer from 1 to {SCAN_TOKENS - 1}, not {most!r}.")
+    reproducible = params.seed is not None and params.temperature > 0
+    if mode == "off" or (mode == "auto" and reproducible):
+        return None
+    head = None if mode == "ngram" else known_of(model).head
+    if head is None and mode == "mtp":
+        raise CheckpointError(
+            f"{model.folder or 'The model'} has no draft head (mtp.*), so nothing can be speculated with it: convert "
+            "the model from a release that has one, or take ngram."
+        )
+    if head is None and mode == "auto":
+        return None
+    drafter = NGramDrafter(tokens) if head is None else MTPDrafter(model, head)
+    kind, most = "ngram" if head is None else "mtp", most or MOST
+    lengths = Fixed(most) if reproducible else Learning(known_of(model).rounds[kind], most)
+    return Drafting(drafter, lengths, head)
+
+
+class Known:
+    """Of a model: its draft head, None where it has none, and how long its rounds take with drafts of either kind."""
+
+    def __init__(self, head: MTPHead | None) -> None:
+        self.head = head
+        self.rounds = {"mtp": Measured(), "ngram": Measured()}
+
+
+def known_of(model: Qwen) -> Known:
+    """Kept as long as the model is; errors as `load_mtp` has them."""
+    if id(model) not in _known:
+        _known[id(model)] = Known(None if model.folder is None else load_mtp(model.folder, model))
+        finalize(model, _known.pop, id(model))
+    return _known[id(model)]
+
+
+class Fixed:
+    """The same number of drafts in every round."""
+
+    timed = False
+
+    def __init__(self, k: int) -> None:
+        self._k = k
+
+    def choose(self) -> int:
+        return self._k
+
+    def observe(self, k: int, accepted: int, seconds: float) -> None:
+        pass
+
+
+class Measured:
+    """Seconds of rounds with 0, 1 and 2 drafts, as far as they are known."""
+
+    # The first round of each kind makes its kernels and buffers.
+    PLAN = (0, 0, 0, 0, 1, 1, 1, 2, 2, 2)
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, list[float]] = {k: [] for k in self.PLAN}
+
+    def next(self, most: int) -> int | None:
+        """The number of drafts to be measured next; None when all up to `most` are."""
+        return next((k for k in self.PLAN if k <= most and len(self._seconds[k]) < self.PLAN.count(k)), None)
+
+    def add(self, k: int, seconds: float) -> None:
+        self._seconds[k].append(seconds)
+
+    def costs(self, most: int) -> Costs:
+        """Of rounds with up to `most` drafts, by a line through what was measured."""
+        none, one, *two = (median(self._seconds[k][1:]) for k in range(min(most, 2) + 1))
+        slope = max((two[0] - none) / 2, 0.0) if two else 0.0
+        return Costs((none, one, *(max(one, none) + slope * (k - 1) for k in range(2, most + 1))))
+
+
+class Learning:
+    """Measures first, and then decides by what it has measured and by how many drafts stand (`DraftLength`)."""
+
+    def __init__(self, measured: Measured, most: int) -> None:
+        self._measured, self._most = measured, most
+        self._lengths: DraftLength | None = None
+        self._slow_rows = (gpu_generation() or M3) < M3
+        self._plain = SETTLED if self._slow_rows else 0
+        self._seen: list[tuple[int, int]] = []
+        self._decide()
+
+    @property
+    def timed(self) -> bool:
+        return self._lengths is None and not self._plain
+
+    def choose(self) -> int:
+        if self._lengths is not None:
+            return self._lengths.choose()
+        if self._plain:
+            self._plain -= 1
+            return 0
+        return self._measured.next(self._most) or 0
+
+    def observe(self, k: int, accepted: int, seconds: float) -> None:
+        if self._lengths is not None:
+            self._lengths.observe(k, accepted)
+            return
+        if k:
+            self._seen.append((k, accepted))
+        if self.timed and k == self._measured.next(self._most):
+            self._measured.add(k, seconds)
+        self._decide()
+
+    def _decide(self) -> None:
+        if self._measured.next(self._most) is None:
+            self._lengths = DraftLength(self._measured.costs(self._most), start=0 if self._slow_rows else None)
+            for k, accepted in self._seen:
+                self._lengths.observe(k, accepted)

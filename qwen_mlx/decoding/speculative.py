@@ -1,0 +1,105 @@
+"""The loop with drafts: k tokens are drafted, the model reads all of them at once, and those it agrees with stand.
+
+The tokens that come out have the distribution that the plain loop's have, however good the drafts are
+(`qwen_mlx.decoding.acceptance`). Where no drafts are worth their time it is the plain loop. Knows neither where drafts
+come from nor what decides how many there are.
+"""
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from qwen_mlx.cache.sequence import SequenceCache
+from qwen_mlx.decoding.acceptance import accept
+from qwen_mlx.decoding.drafters import Drafter
+from qwen_mlx.decoding.sampling import Sampler
+from qwen_mlx.model.mtp import MTPHead
+from qwen_mlx.model.qwen import Qwen
+
+Decoded = tuple[int, mx.array, bool]
+"""A token, the logits [V] of its place, and whether it was a draft."""
+
+
+class Lengths(Protocol):
+    """Decides on the number of drafts of each round. While `timed`, the seconds it is told are those of a whole round,
+    else no more than those until it was on its way to the device."""
+
+    @property
+    def timed(self) -> bool: ...
+    def choose(self) -> int: ...
+    def observe(self, k: int, accepted: int, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """`head` is that of the drafter, where it has one: it then wants the hidden states of the prompt."""
+
+    drafter: Drafter
+    lengths: Lengths
+    head: MTPHead | None = None
+
+
+def decode_with_drafts(
+    model: Qwen, logits: mx.array, cache: SequenceCache, sampler: Sampler, *, count: int, drafting: Drafting
+) -> Generator[Decoded, None, None]:
+    """Yield `count` tokens, as `decode` does; `logits` [1, V] are those of the first, behind what `cache` holds.
+
+    Closed between two tokens, `cache` holds no token that was not yielded.
+    """
+    drafter, lengths = drafting.drafter, drafting.lengths
+    token, row = sampler(logits), logits[0]  # a token that is chosen, and has not gone in
+    mx.async_eval(token)
+    drafter.take(None, token)
+    cleared = count
+    while count:
+        if cleared - count >= 256:
+            mx.clear_cache()  # for the reason that `decode` has
+            cleared = count
+        start, drafts = time.perf_counter(), None
+        if wanted := min(lengths.choose(), count - 1):
+            drafts, drawn_from = drafter.draft(sampler, wanted)
+            if not drafts.size and not lengths.timed:  # such a round says nothing of what one with drafts takes
+                lengths.observe(wanted, 0, time.perf_counter() - start)
+        if drafts is None or not drafts.size:
+            current, current_row = token, row
+            count -= 1
+            if count:
+                logits, hidden = model.step(token[:, None], cache)
+                token, row = sampler(logits), logits[0]
+                mx.async_eval(token)
+                drafter.take(hidden, token)
+                if lengths.timed:
+                    mx.eval(token)
+                lengths.observe(0, 0, time.perf_counter() - start)
+            yield int(current.item()), current_row, False  # type: ignore[arg-type]
+            continue
+        hidden = model.hidden(model.embed(mx.concatenate([token, drafts])[None]), cache)
+        rows = model.logits(hidden)[0]
+        accepted, after = accept(sampler, rows, drafts=drafts, draft_logits=drawn_from)
+        mx.async_eval(accepted, after)
+        if lengths.timed:
+            mx.eval(accepted, after)
+        seconds = time.perf_counter() - start
+        unseen = drafts.size  # tokens in the cache that have not been yielded
+        try:
+            yield int(token.item()), row, False  # type: ignore[arg-type]
+            stand = int(accepted.item())  # type: ignore[arg-type]
+            cache.rewind(unseen - stand)
+            lengths.observe(drafts.size, stand, seconds)
+            unseen = stand
+            for i, draft in enumerate(np.array(drafts[:stand]).tolist()):
+                unseen -= 1
+                yield draft, rows[i], True
+        except GeneratorExit:
+            cache.rewind(unseen)
+            raise
+        count -= 1 + stand
+        chosen = mx.concatenate([drafts[:stand], after])
+        for i in range(stand + 1):
+            sampler.observe(chosen[i : i + 1])
+        drafter.take(hidden[:, : stand + 1], chosen)
+        token, row = after, rows[stand]

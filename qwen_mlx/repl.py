@@ -1,0 +1,266 @@
+"""`python -m qwen_mlx.chat`: a conversation in the terminal.
+
+Reads lines and commands, hands messages to a `Chat`, and shows what comes back. Ctrl-C stops an answer and keeps what
+there is of it, Ctrl-D leaves.
+"""
+
+import argparse
+import importlib.util
+import inspect
+import json
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from qwen_mlx.chat.tools import ToolCall
+from qwen_mlx.cli import Parser, Progress, positive, read_prompt
+from qwen_mlx.conversation import Chat
+from qwen_mlx.decoding.drafting import MODES
+from qwen_mlx.decoding.sampling import SamplingParams
+from qwen_mlx.display import Display
+from qwen_mlx.errors import PromptError, QwenMLXError
+from qwen_mlx.generate import GenerationResponse
+from qwen_mlx.hub import DEFAULT_MODEL
+from qwen_mlx.load import load
+
+THINKING = {"auto": None, "on": True, "off": False}
+HELP = """\
+/help             this
+/reset            forget all but the system message
+/undo             take back the last message and its answer
+/retry            answer the last message again
+/edit TEXT        say TEXT in place of the last message
+/system TEXT      the system message from here on; without TEXT none
+/thinking WORD    auto, on or off
+/thought          the last thought in full
+/tokens           what the conversation takes
+/save FILE        write the messages, as JSON
+/load FILE        go on from there
+A line that ends with \\ goes on in the next. Lines that arrive together, pasted ones, are one message. Ctrl-C stops an
+answer, Ctrl-D leaves."""
+
+
+class Repl:
+    """The commands, and the answers to what is none."""
+
+    def __init__(self, chat: Chat, display: Display) -> None:
+        self.chat, self.display = chat, display
+        self._stopped = False
+        self._commands: dict[str, Callable[[str], None]] = {
+            name.removeprefix("do_"): action for name, action in inspect.getmembers(self, inspect.ismethod)
+            if name.startswith("do_")
+        }  # fmt: skip
+
+    def handle(self, text: str) -> None:
+        """A message, or a command; what is wrong with it is said, and nothing else changes."""
+        try:
+            if not text.startswith("/"):
+                self.say(text)
+                return
+            name, _, rest = text[1:].partition(" ")
+            if name not in self._commands:
+                self.display.note(f"There is no command /{name}; /help lists those there are.")
+                return
+            self._commands[name](rest.strip())
+        except (QwenMLXError, ValueError, OSError) as error:
+            self.display.note(str(error))
+
+    def say(self, text: str) -> None:
+        self._stopped = False
+        with self._stopping(), Progress("Prompt") as progress, closing(self.chat.send(text)) as events:
+            self.chat.options["progress"] = progress.update
+            self.display.answer(events, lambda: self._stopped)
+        if self.chat.last:
+            self.display.note(("Stopped. " if self._stopped else "") + closing_line(self.chat.last))
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Ctrl-C is answered between two tokens, where all can be kept; a second one breaks off at once."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self._stopped:
+                raise KeyboardInterrupt
+            self._stopped = True
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def do_help(self, rest: str) -> None:
+        self.display.note(HELP)
+
+    def do_reset(self, rest: str) -> None:
+        self.chat.messages = [m for m in self.chat.messages[:1] if m["role"] == "system"]
+
+    def do_undo(self, rest: str) -> None:
+        self.display.note(f"Taken back: {self.chat.rewind_turn()}")
+
+    def do_retry(self, rest: str) -> None:
+        self.say(self.chat.rewind_turn())
+
+    def do_edit(self, rest: str) -> None:
+        if not rest:
+            raise ValueError("Write the new message behind /edit.")
+        self.chat.rewind_turn()
+        self.say(rest)
+
+    def do_system(self, rest: str) -> None:
+        others = [m for m in self.chat.messages if m["role"] != "system"]
+        self.chat.messages = [*([{"role": "system", "content": rest}] if rest else []), *others]
+
+    def do_thinking(self, rest: str) -> None:
+        if rest not in THINKING:
+            raise ValueError(f"/thinking takes {', '.join(THINKING)}, not {rest!r}.")
+        self.chat.thinking = THINKING[rest]
+
+    def do_thought(self, rest: str) -> None:
+        self.display.note(self.display.thought or "There was no thought.")
+
+    def do_tokens(self, rest: str) -> None:
+        count = len(self.chat.tokenizer.encode(self.chat.prompt())) if self.chat.messages else 0
+        kept = self.chat.options["prefix_store"].nbytes
+        room = self.chat.model.config.text.context_length
+        self.display.note(
+            f"{count:,} of {room:,} tokens; {kept / 1e6:,.0f} MB are kept so as not to compute them again"
+        )
+
+    def do_save(self, rest: str) -> None:
+        if not rest:
+            raise ValueError("Write the name of a file behind /save.")
+        path = Path(rest)
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.write_text(json.dumps({"messages": self.chat.messages}, ensure_ascii=False, indent=1) + "\n")
+        unfinished.replace(path)
+
+    def do_load(self, rest: str) -> None:
+        try:
+            messages = json.loads(Path(rest).read_text())["messages"]
+            if not all(isinstance(m["role"], str) for m in messages):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{rest} holds no conversation; take a file of /save.") from None
+        self.chat.messages = messages
+
+
+def closing_line(last: GenerationResponse) -> str:
+    return (
+        f"{last.generation_tokens} tokens, {last.generation_tps:.1f} tok/s, "
+        f"first after {last.time_to_first_token:.2f} s, "
+        f"{last.cached_tokens} of {last.prompt_tokens} prompt tokens cached, {last.peak_memory:.2f} GB"
+    )
+
+
+def read_message() -> str:
+    """A message from the terminal: a line and those that it goes on in. EOFError when there are no more."""
+    lines = [input("> ")]
+    while lines[-1].endswith("\\") or select.select([sys.stdin], [], [], 0.02)[0]:
+        goes_on = lines[-1].endswith("\\")
+        lines[-1] = lines[-1].removesuffix("\\")
+        try:
+            lines.append(input("… " if goes_on else ""))
+        except EOFError:
+            break
+    return "\n".join(lines)
+
+
+def tools_of(path: Path) -> list[Callable[..., Any]]:
+    """The functions that the Python file defines itself, but those whose names begin with _."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise PromptError(f"{path} is no Python file; --tools takes one whose functions become tools.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    functions = [f for name, f in inspect.getmembers(module, inspect.isfunction) if not name.startswith("_")]
+    return [f for f in functions if f.__module__ == module.__name__]
+
+
+def ask(call: ToolCall) -> bool:
+    """y or n for one call of a tool."""
+    return input(f"Run {call.name}({json.dumps(call.arguments, ensure_ascii=False)})? [y/n] ").strip().lower() == "y"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    given = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
+    try:
+        SamplingParams(**given)
+    except ValueError as error:
+        parser.error(str(error))
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    model, tokenizer = load(args.model, revision=args.revision, dtype=args.dtype)
+    try:
+        chat = Chat(
+            model,
+            tokenizer,
+            system=args.system_prompt,
+            tools=tools_of(Path(args.tools)) if args.tools else (),
+            approve=ask if interactive else lambda call: False,
+            thinking=THINKING[args.thinking],
+            thinking_budget=args.thinking_budget,
+            loop_guard=not args.no_loop_guard,
+            **{name: getattr(args, name) for name in _OPTIONS},
+            **given,
+        )
+    except ValueError as error:
+        raise PromptError(str(error)) from None
+    repl = Repl(chat, Display(show_thinking=args.show_thinking))
+    if not interactive:
+        repl.say(read_prompt(None))
+        return
+    import readline  # noqa: F401  lines can be edited, and earlier ones come back
+
+    repl.display.note(f"{args.model}. /help lists the commands.")
+    while True:
+        try:
+            text = read_message()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if text.strip():
+            repl.handle(text)
+
+
+_SAMPLING = (
+    "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed".split()
+)
+_OPTIONS = "prefill_step_size kv_bits force speculate num_draft_tokens".split()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="qwen-mlx chat", description="Talk with a Qwen3.5 model.")
+    add = parser.add_argument
+    add("--model", default=DEFAULT_MODEL, help=f'folder, hub id, or "demo" (default: {DEFAULT_MODEL})')
+    add("--revision", help="branch, tag or commit on the hub")
+    add("--system-prompt", help="instructions that go before the conversation")
+    add("--thinking", choices=tuple(THINKING), default="auto", help="auto: as the checkpoint's template has it")
+    add("--thinking-budget", type=positive, help="tokens of thought after which its end is written for the model")
+    add("--show-thinking", action="store_true", help="in a pipe, thought goes to stdout too, not to stderr")
+    add("--no-loop-guard", action="store_true", help="let a thought that goes in circles go on")
+    add("--tools", help="Python file whose typed functions the model may call, each after asking")
+    add("--max-tokens", "-m", type=int, help="longest answer in tokens (default: 512)")
+    add("--temp", dest="temperature", type=float, help="temperature; 0 is greedy (default: the checkpoint's)")
+    add("--top-p", type=float, help="sample from the likeliest tokens that hold this much of the mass")
+    add("--top-k", type=int, help="sample from this many of the likeliest tokens; 0: all")
+    add("--min-p", type=float, help="drop tokens less likely than this times the likeliest")
+    add("--repetition-penalty", type=float, help="above 1, tokens of prompt and answer become less likely")
+    add("--presence-penalty", type=float, help="subtracted once from every token of the answer")
+    add("--frequency-penalty", type=float, help="subtracted from a token each time it stands in the answer")
+    add("--seed", type=int, help="the same seed gives the same text")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the activations")
+    add("--prefill-step-size", type=positive, help="tokens read at a time (default: as memory allows)")
+    add("--kv-bits", type=int, choices=(4, 8), help="bits of keys and values, in the full-attention layers only")
+    add("--speculate", choices=MODES, default="auto", help="draft several tokens at once where that is faster")
+    add("--num-draft-tokens", type=positive, help="most drafts at a time (default: 4)")
+    add("--force", action="store_true", help="try a prompt that memory, by the count of its bytes, has no room for")
+    return parser

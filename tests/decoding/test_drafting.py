@@ -1,0 +1,285 @@
+"""What is asked for and what it becomes: modes, lengths that are learnt, and whole texts as they are without drafts."""
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from qwen_mlx import PrefixStore, PromptCache, SamplingParams, generate, load, stream_generate
+from qwen_mlx.decoding import drafting as module
+from qwen_mlx.decoding.drafters import Drafts, MTPDrafter, NGramDrafter
+from qwen_mlx.decoding.drafting import MOST, SETTLED, Fixed, Learning, Measured, drafting, known_of
+from qwen_mlx.decoding.prefill import prefill
+from qwen_mlx.decoding.sampling import Sampler
+from qwen_mlx.decoding.speculative import Drafting, decode_with_drafts
+from qwen_mlx.errors import CheckpointError
+from qwen_mlx.generate import GenerationResponse
+from qwen_mlx.load import load_model
+from qwen_mlx.model.qwen import Qwen
+from tests.golden.checkpoints import build
+from tests.golden.compare import TOLERANCE
+
+MODEL, TOKENIZER = load("demo", dtype="float32")
+TALE = TOKENIZER.encode("Once upon a time there was a little")
+ASKED = [{"role": "user", "content": "How do I fix a car?"}]
+GREEDY, DRAWN, SEEDED = SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, seed=5)
+ModelOf = Callable[[str, str], Qwen]
+
+
+@pytest.fixture
+def headless(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Qwen:
+    """A model from a checkpoint that has no draft head."""
+    folder = build("f-k32-v64", tmp_path / "headless")
+    tensors = mx.load(str(folder / "model.safetensors"))
+    kept = {name: array for name, array in tensors.items() if not name.startswith("mtp.")}
+    mx.eval(kept)
+    mx.save_safetensors(str(folder / "model.safetensors"), kept, {"format": "pt"})
+    return load_model(folder, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("mode", "params", "drafter", "lengths"),
+    [
+        ("auto", GREEDY, MTPDrafter, Learning),
+        ("auto", DRAWN, MTPDrafter, Learning),
+        ("auto", SamplingParams(seed=5), MTPDrafter, Learning),
+        ("mtp", GREEDY, MTPDrafter, Learning),
+        ("mtp", SEEDED, MTPDrafter, Fixed),
+        ("ngram", DRAWN, NGramDrafter, Learning),
+        ("ngram", SEEDED, NGramDrafter, Fixed),
+    ],
+)
+def test_what_a_mode_becomes(mode: str, params: SamplingParams, drafter: type, lengths: type) -> None:
+    made = drafting(MODEL, TALE, params, mode)
+    assert made is not None
+    assert (type(made.drafter), type(made.lengths)) == (drafter, lengths)
+    assert made.head is (known_of(MODEL).head if drafter is MTPDrafter else None)
+
+
+@pytest.mark.parametrize(("mode", "params"), [("off", GREEDY), ("off", SEEDED), ("auto", SEEDED)])
+def test_what_is_the_plain_loop(mode: str, params: SamplingParams) -> None:
+    assert drafting(MODEL, TALE, params, mode) is None
+
+
+def test_without_a_head(headless: Qwen) -> None:
+    assert drafting(headless, TALE, GREEDY) is None
+    assert isinstance(drafting(headless, TALE, GREEDY, "ngram").drafter, NGramDrafter)  # type: ignore[union-attr]
+    with pytest.raises(CheckpointError, match=r"headless has no draft head \(mtp\.\*\), so nothing can be speculated"):
+        drafting(headless, TALE, GREEDY, "mtp")
+
+
+@pytest.mark.parametrize("mode", ["", "MTP", "on", None, True])
+def test_another_mode_is_refused(mode: Any) -> None:
+    with pytest.raises(ValueError, match="speculate must be auto, mtp, ngram, off, not "):
+        generate(MODEL, TOKENIZER, TALE, speculate=mode)
+
+
+@pytest.mark.parametrize("mode", ["mtp", "off"])
+@pytest.mark.parametrize("most", [0, -1, True, 1.5, "4", 16])
+def test_another_number_of_drafts_is_refused(mode: str, most: Any) -> None:
+    """16, as a cache takes back a part of an update of 16 tokens, and a round has one more than drafts."""
+    with pytest.raises(ValueError, match="num_draft_tokens must be an integer from 1 to 15, not "):
+        generate(MODEL, TOKENIZER, TALE, speculate=mode, num_draft_tokens=most)
+
+
+@pytest.mark.parametrize("mode", ["mtp", "ngram"])
+@pytest.mark.parametrize("most", [1, 15])
+def test_a_seed_gives_the_same_text_again(mode: str, most: int) -> None:
+    options = {"temperature": 1.0, "seed": 3, "max_tokens": 24, "speculate": mode, "num_draft_tokens": most}
+    assert generate(MODEL, TOKENIZER, TALE, **options) == generate(MODEL, TOKENIZER, TALE, **options)
+
+
+def test_the_head_is_loaded_once_and_freed_with_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, load_mtp = [], module.load_mtp
+    monkeypatch.setattr(module, "load_mtp", lambda *given: loaded.append(load_mtp(*given)) or loaded[-1])
+    model, _ = load("demo", dtype="float32")
+    place = id(model)
+    made = [drafting(model, TALE, GREEDY) for _ in range(2)]
+    assert len(loaded) == 1
+    head = weakref.ref(loaded.pop())
+    assert made[0].head is made[1].head is head()  # type: ignore[union-attr]
+    del model, made
+    gc.collect()
+    assert head() is None
+    assert place not in module._known
+
+
+def rounds(lengths: Learning, count: int, *, accepted: int = 0, seconds: Sequence[float] = (1, 1.5, 2)) -> list[int]:
+    """The lengths of `count` rounds; each takes what `seconds` has for its length."""
+    chosen: list[int] = []
+    for _ in range(count):
+        chosen.append(lengths.choose())
+        lengths.observe(chosen[-1], min(accepted, chosen[-1]), seconds[chosen[-1]])
+    return chosen
+
+
+@pytest.mark.parametrize("pieces", [(10,), (1,) * 10, (3, 4, 3)], ids=str)
+def test_rounds_are_measured_by_plan_whatever_texts_they_are_of(pieces: tuple[int, ...]) -> None:
+    measured, chosen = Measured(), []
+    for piece in pieces:
+        lengths = Learning(measured, 4)
+        assert lengths.timed
+        chosen += rounds(lengths, piece)
+    assert tuple(chosen) == Measured.PLAN
+    assert not lengths.timed
+    assert not Learning(measured, 4).timed
+
+
+def test_costs_are_a_line_through_the_medians() -> None:
+    """The first round of each kind takes longer; of those with two drafts one was disturbed."""
+    measured = Measured()
+    for k, seconds in [(0, 9), (0, 1), (0, 1), (0, 7), (1, 9), (1, 1.25), (1, 1.75), (2, 9), (2, 2), (2, 3)]:
+        assert measured.next(4) == k
+        measured.add(k, seconds)
+    assert measured.costs(4).rounds == (1, 1.5, 1.5 + 0.75, 1.5 + 2 * 0.75, 1.5 + 3 * 0.75)
+    assert measured.costs(1).rounds == (1, 1.5)
+
+
+@pytest.mark.parametrize(("seconds", "accepted", "drafts"), [((1, 1.1, 1.2), 2, True), ((1, 2.2, 3.4), 0, False)])
+def test_what_was_measured_decides(seconds: tuple[float, ...], accepted: int, drafts: bool) -> None:
+    lengths = Learning(Measured(), 2)
+    rounds(lengths, 10, accepted=accepted, seconds=seconds)
+    assert (2 in rounds(lengths, 10, accepted=accepted, seconds=seconds)) == drafts
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 15])
+def test_no_more_drafts_than_asked_for(most: int) -> None:
+    lengths = Learning(Measured(), most)
+    chosen = rounds(lengths, 60, accepted=most, seconds=[1 + k / 100 for k in range(16)])
+    assert max(chosen) == most
+    assert not lengths.timed
+
+
+def test_more_drafts_than_an_earlier_text_are_measured_when_asked_for() -> None:
+    measured = Measured()
+    assert rounds(Learning(measured, 1), 7) == [0, 0, 0, 0, 1, 1, 1]
+    assert rounds(Learning(measured, 4), 3) == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("generation", "settled"), [(13, SETTLED), (14, SETTLED), (15, 0), (16, 0), (None, 0)])
+def test_before_m3_nothing_is_tried_in_a_text_that_is_not_long(
+    generation: int | None, settled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the loop is not held up by measuring until then."""
+    monkeypatch.setattr(module, "gpu_generation", lambda: generation)
+    lengths = Learning(Measured(), 4)
+    assert lengths.timed == (settled == 0)
+    chosen = rounds(lengths, SETTLED + 20)
+    assert chosen.index(1) == max(settled + 3, 4)
+
+
+class Nothing:
+    """A drafter that never has a draft."""
+
+    def take(self, hidden: mx.array | None, tokens: mx.array) -> None: ...
+
+    def draft(self, sampler: Sampler, count: int) -> Drafts:
+        return mx.array([], mx.uint32), None
+
+
+@pytest.mark.parametrize(("count", "plain"), [(1, 0), (2, 1), (3, 2), (30, 4)])
+def test_only_whole_rounds_are_measured(count: int, plain: int, model_of: ModelOf) -> None:
+    """The last token takes no step, and a round for which there is no draft is none with drafts."""
+    model, measured = model_of("f-k32-v64", "float32"), Measured()
+    sequence, sampler = model.make_cache(), Sampler(GREEDY, [5], vocab_size=384, num_real_tokens=384)
+    logits, made = prefill(model, [5], sequence, step_size=8), Drafting(Nothing(), Learning(measured, 4))
+    assert len(list(decode_with_drafts(model, logits, sequence, sampler, count=count, drafting=made))) == count
+    assert [len(seconds) for seconds in measured._seconds.values()] == [plain, 0, 0]
+
+
+def test_texts_measure_for_those_after_them() -> None:
+    model, _ = load("demo", dtype="float32")
+    assert drafting(model, TALE, GREEDY, "mtp").lengths.timed  # type: ignore[union-attr]
+    generate(model, TOKENIZER, TALE, speculate="mtp", temperature=0.0, max_tokens=30)
+    assert known_of(model).rounds["mtp"].next(MOST) is None
+    assert known_of(model).rounds["ngram"].next(MOST) == 0
+    assert not drafting(model, TALE, GREEDY, "mtp").lengths.timed  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def four(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many drafts as may be in every round, whatever they take."""
+    monkeypatch.setattr(module, "Learning", lambda measured, most: Fixed(most))
+
+
+def responses(speculate: str, prompt: Any = TALE, **options: Any) -> list[GenerationResponse]:
+    return list(stream_generate(MODEL, TOKENIZER, prompt, temperature=0.0, speculate=speculate, **options))
+
+
+def told(said: Sequence[GenerationResponse]) -> list[tuple[Any, ...]]:
+    return [(r.text, r.token, r.generation_tokens, r.prompt_tokens, r.cached_tokens, r.finish_reason) for r in said]
+
+
+ENDS = {
+    **{f"max_tokens_{n}": (TALE, {"max_tokens": n}, "length") for n in range(1, 9)},
+    "one_token_of_prompt": ([5], {"max_tokens": 20}, "length"),
+    "end_token": (ASKED, {}, "stop"),
+    "stop_string": (TALE, {"stop": [" in"]}, "stop"),
+    "stop_string_over_tokens": (TALE, {"stop": ["lives", "ved i"]}, "stop"),
+}
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.parametrize("mode", ["mtp", "ngram"])
+@pytest.mark.parametrize(("prompt", "options", "reason"), ENDS.values(), ids=ENDS.keys())
+def test_a_text_is_what_it_is_without_drafts(prompt: Any, options: dict[str, Any], reason: str, mode: str) -> None:
+    ours, theirs = responses(mode, prompt, **options), responses("off", prompt, **options)
+    assert told(ours) == told(theirs)
+    assert ours[-1].finish_reason == reason
+    for one, other in zip(ours, theirs):
+        np.testing.assert_allclose(np.array(one.logprobs), np.array(other.logprobs), atol=TOLERANCE)
+    assert [r.draft_tokens for r in ours] == [*accumulate(r.from_draft for r in ours)]
+    assert not any(r.from_draft or r.draft_tokens for r in theirs)
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.parametrize("name", ["max_tokens_4", "end_token", "stop_string", "stop_string_over_tokens"])
+def test_these_texts_end_with_a_draft(name: str) -> None:
+    prompt, options, _ = ENDS[name]
+    assert responses("mtp", prompt, **options)[-1].from_draft
+
+
+def broken_off(mode: str, n: int, **options: Any) -> tuple[list[int], PromptCache, PrefixStore]:
+    """A text whose consumer takes n tokens: these, and what is kept of it."""
+    known, store = PromptCache([], MODEL.make_cache()), PrefixStore(MODEL)
+    stream = stream_generate(
+        MODEL, TOKENIZER, TALE, temperature=0.0, speculate=mode, prompt_cache=known, prefix_store=store, **options
+    )
+    tokens = [response.token for response in islice(stream, n)]
+    stream.close()  # type: ignore[attr-defined]
+    return tokens, known, store
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.parametrize("n", range(1, 12))
+def test_a_consumer_that_breaks_off_leaves_what_it_has_seen(n: int) -> None:
+    tokens, known, store = broken_off("mtp", n, max_tokens=40)
+    assert broken_off("off", n, max_tokens=40)[0] == tokens
+    assert known.tokens == [*TALE, *tokens]
+    assert known.cache.offset == len(known.tokens)
+    next_turn_is_a_cold_one(known, store, len(TALE) + n)
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.parametrize("n", range(1, 9))
+def test_a_text_that_ends_leaves_no_more_than_itself(n: int) -> None:
+    """Its last token is not in the cache, but where it was a draft."""
+    tokens, known, store = broken_off("mtp", 99, max_tokens=n)
+    assert known.tokens == [*TALE, *tokens][: known.cache.offset]
+    assert len(TALE) + n - 1 <= known.cache.offset <= len(TALE) + n
+    next_turn_is_a_cold_one(known, store, known.cache.offset)
+
+
+def next_turn_is_a_cold_one(known: PromptCache, store: PrefixStore, kept: int) -> None:
+    prompt = [*known.tokens, *TOKENIZER.encode(" And then")]
+    cold = [r.token for r in responses("off", prompt, max_tokens=12)]
+    stored = responses("mtp", prompt, max_tokens=12, prefix_store=store)
+    assert {r.cached_tokens for r in stored} == {kept}
+    assert [r.token for r in stored] == cold
+    assert [r.token for r in responses("mtp", prompt, max_tokens=12, prompt_cache=known)] == cold
