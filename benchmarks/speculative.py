@@ -154,7 +154,7 @@ def measured(rounds: int) -> dict[str, Any]:
 def decoded(model: Qwen, prompt: list[int], sampler: Sampler, mode: str) -> tuple[float, int]:
     """Seconds of decoding, and drafts that stood."""
     drafts, cache = drafting(model, prompt, SamplingParams(), mode), model.make_cache()
-    logits = prefill(model, prompt, cache, step_size=512, seen=drafts.drafter.take if drafts else None)
+    logits = prefill(model, prompt, cache, step_size=512, seen=drafts.seen if drafts else None)
     mx.eval(logits)
     start = time.perf_counter()
     if drafts is None:

@@ -15,6 +15,7 @@ from qwen_mlx.chat.template import CUT, render
 from qwen_mlx.cli import Parser, Progress, positive, read_prompt, run
 from qwen_mlx.decoding.memory import device_limits
 from qwen_mlx.decoding.preflight import check_memory
+from qwen_mlx.decoding.prompt import check_tokens, room_behind
 from qwen_mlx.decoding.prompt_file import save_prompt_cache
 from qwen_mlx.decoding.reuse import PromptCache, Reuse
 from qwen_mlx.errors import PromptCacheError, PromptError
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if tokenizer.chat_template is None and not args.raw:
         raise PromptError("The model has no chat template; give --raw to cache the prompt as it stands.")
     tokens = tokenizer.encode(prompt if args.raw else _unfinished(tokenizer, args.system_prompt, prompt))
+    check_tokens(model.config.text, tokenizer, tokens)
+    room_behind(model.config.text, len(tokens))
     text = Reuse(model, tokens, kv_bits=args.kv_bits)
     options = {"step_size": args.prefill_step_size, "kv_bits": args.kv_bits, "force": args.force}
     plan = check_memory(model, len(tokens), 0, **options)

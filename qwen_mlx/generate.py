@@ -20,6 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -31,18 +32,18 @@ from qwen_mlx.chat.template import CUT, render
 from qwen_mlx.cli import Parser, Progress, positive, read_prompt
 from qwen_mlx.config import TextConfig
 from qwen_mlx.decoding.autoregressive import decode
-from qwen_mlx.decoding.drafting import MODES, drafting
+from qwen_mlx.decoding.drafting import DRAFTS, MODES, drafting
 from qwen_mlx.decoding.memory import device_limits
 from qwen_mlx.decoding.preflight import STEP_SIZES, check_memory
 from qwen_mlx.decoding.prompt import Prompt, check_tokens, prompt_tokens, room_behind
 from qwen_mlx.decoding.prompt_file import load_prompt_cache
-from qwen_mlx.decoding.reuse import PromptCache, Reuse
+from qwen_mlx.decoding.reuse import PromptCache, Reuse, places_to_keep
 from qwen_mlx.decoding.sampling import Sampler, SamplingParams, default_params
 from qwen_mlx.decoding.speculative import decode_with_drafts
 from qwen_mlx.decoding.stop import StopStrings
-from qwen_mlx.errors import CheckpointError, PromptError
+from qwen_mlx.errors import PromptError
 from qwen_mlx.hub import DEFAULT_MODEL
-from qwen_mlx.load import load, weights_with_nan
+from qwen_mlx.load import load
 from qwen_mlx.model.qwen import Qwen
 from qwen_mlx.tokenizer import Tokenizer
 
@@ -129,60 +130,50 @@ def stream_generate(
         force=force,
         held=reuse.cache.nbytes,
         store=prefix_store,
+        places=len(places_to_keep(tokenizer, tokens, 0, STEP_SIZES[-1])) + 1 if prefix_store else 0,
         head=drafts.head if drafts else None,
     )
-    with device_limits():
+    with device_limits(), reuse:
         mx.reset_peak_memory()
-        seen = drafts.drafter.take if drafts and drafts.head else None
+        seen = drafts.seen if drafts else None
         logits = reuse.read(model, tokenizer, step_size=plan.step_size, seen=seen, progress=progress)
-        if not mx.isfinite(logits).all().item():
-            broken = ", ".join(weights_with_nan(model)[:4]) or "the activations overflow; try dtype bfloat16 or float32"
-            raise CheckpointError(f"The model's logits are not numbers: {broken}.")
         if drafts is None:
             decoded = decode(model, logits, reuse.cache, sampler, count=count)
         else:
             decoded = decode_with_drafts(model, logits, reuse.cache, sampler, count=count, drafting=drafts)
         eos = {*model.config.eos_token_ids, tokenizer.eos_token_id}
         detokenizer, stops = tokenizer.detokenizer(skip_special_tokens=True), StopStrings(params.stop)
-        for n, (token, row, from_draft) in enumerate(decoded, start=1):
-            now = time.perf_counter()
-            if n == 1:
-                first = now
-            reuse.tokens.append(token)
-            drafted += from_draft
-            row = row.astype(mx.float32)
-            text, met = ("", False) if token in eos else stops.feed(detokenizer.add(token))
-            finish = "stop" if met or token in eos else "length" if n == count else None
-            if finish and not met:
-                rest, met = stops.feed(detokenizer.finish())
-                text += rest + ("" if met else stops.flush())
-            response = GenerationResponse(
-                text=text,
-                token=token,
-                logprobs=row - mx.logsumexp(row),
-                from_draft=from_draft,
-                prompt_tokens=len(tokens),
-                prompt_tps=(len(tokens) - reuse.cached_tokens) / (first - start),
-                generation_tokens=n,
-                generation_tps=(n - 1) / (now - first) if n > 1 else 0.0,
-                peak_memory=mx.get_peak_memory() / 1e9,
-                time_to_first_token=first - start,
-                draft_tokens=drafted,
-                cached_tokens=reuse.cached_tokens,
-                reuse=reuse.in_words,
-                finish_reason=finish,
-            )
-            if finish:
-                decoded.close()
-                reuse.keep()
-            try:
-                yield response
-            except GeneratorExit:  # nobody wants more of it, and what there is may be wanted again
-                decoded.close()
-                reuse.keep()
-                raise
-            if finish:
-                return
+        with closing(decoded):
+            for n, (token, row, from_draft) in enumerate(decoded, start=1):
+                now = time.perf_counter()
+                if n == 1:
+                    first = now
+                reuse.tokens.append(token)
+                drafted += from_draft
+                row = row.astype(mx.float32)
+                text, met = ("", False) if token in eos else stops.feed(detokenizer.add(token))
+                finish = "stop" if met or token in eos else "length" if n == count else None
+                if finish and not met:
+                    rest, met = stops.feed(detokenizer.finish())
+                    text += rest + ("" if met else stops.flush())
+                yield GenerationResponse(
+                    text=text,
+                    token=token,
+                    logprobs=row - mx.logsumexp(row),
+                    from_draft=from_draft,
+                    prompt_tokens=len(tokens),
+                    prompt_tps=(len(tokens) - reuse.cached_tokens) / (first - start),
+                    generation_tokens=n,
+                    generation_tps=(n - 1) / (now - first) if n > 1 else 0.0,
+                    peak_memory=mx.get_peak_memory() / 1e9,
+                    time_to_first_token=first - start,
+                    draft_tokens=drafted,
+                    cached_tokens=reuse.cached_tokens,
+                    reuse=reuse.in_words,
+                    finish_reason=finish,
+                )
+                if finish:
+                    return
 
 
 def generate(
@@ -299,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
         help="draft tokens and verify several at once where that is faster: by the model's own draft head (mtp), or by "
         "what stood in the text before (ngram); auto: mtp where the model has a head",
     )
-    add("--num-draft-tokens", type=positive, help="most drafts at a time (default: 4)")
+    add("--num-draft-tokens", type=int, choices=DRAFTS, metavar="N", help="most drafts at a time (default: 4)")
     add("--prompt-cache-file", help="file of qwen-mlx cache_prompt; the prompt goes on where its text ends")
     add("--force", action="store_true", help="try a prompt that memory, by the count of its bytes, has no room for")
     add("--json", action="store_true", help="print one JSON object at the end instead of the text")

@@ -20,7 +20,7 @@ from typing import Any
 from qwen_mlx.chat.tools import ToolCall
 from qwen_mlx.cli import Parser, Progress, positive, read_prompt
 from qwen_mlx.conversation import Chat
-from qwen_mlx.decoding.drafting import MODES
+from qwen_mlx.decoding.drafting import DRAFTS, MODES
 from qwen_mlx.decoding.sampling import SamplingParams
 from qwen_mlx.display import Display
 from qwen_mlx.errors import PromptError, QwenMLXError
@@ -261,6 +261,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--prefill-step-size", type=positive, help="tokens read at a time (default: as memory allows)")
     add("--kv-bits", type=int, choices=(4, 8), help="bits of keys and values, in the full-attention layers only")
     add("--speculate", choices=MODES, default="auto", help="draft several tokens at once where that is faster")
-    add("--num-draft-tokens", type=positive, help="most drafts at a time (default: 4)")
+    add("--num-draft-tokens", type=int, choices=DRAFTS, metavar="N", help="most drafts at a time (default: 4)")
     add("--force", action="store_true", help="try a prompt that memory, by the count of its bytes, has no room for")
     return parser

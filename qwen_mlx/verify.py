@@ -20,7 +20,7 @@ import mlx.core as mx
 from qwen_mlx.chat.template import render
 from qwen_mlx.cli import Parser, positive, run
 from qwen_mlx.decoding.autoregressive import decode
-from qwen_mlx.decoding.drafting import drafting
+from qwen_mlx.decoding.drafting import DRAFTS, drafting
 from qwen_mlx.decoding.memory import device_limits
 from qwen_mlx.decoding.prefill import prefill
 from qwen_mlx.decoding.preflight import check_memory
@@ -126,7 +126,7 @@ class Verification:
         sampler, cache = Sampler(SamplingParams(), tokens, **vocabulary), model.make_cache()
         count = count or self.max_tokens
         step_size = check_memory(model, len(tokens), count).step_size
-        seen = drafts.drafter.take if drafts and drafts.head else None
+        seen = drafts.seen if drafts else None
         logits = prefill(model, tokens, cache, step_size=step_size, seen=seen)
         mx.eval(logits)
         start = time.perf_counter()
@@ -208,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", required=True, help="text file in UTF-8 with a prompt on each line")
     add("--raw", action="store_true", help="continue each prompt as it stands, without the chat template")
     add("--speculate", choices=("mtp", "ngram"), default="mtp", help="where drafts come from (default: mtp)")
-    add("--num-draft-tokens", type=positive, help="most drafts of a round (default: 4)")
+    add("--num-draft-tokens", type=int, choices=DRAFTS, metavar="N", help="most drafts of a round (default: 4)")
     add("--max-tokens", "-m", type=positive, default=128, help="longest answer in tokens (default: 128)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the activations")
     add("--json", action="store_true", help="print one JSON object")

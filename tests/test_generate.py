@@ -147,7 +147,8 @@ def test_the_head_meets_the_last_position_only(monkeypatch: pytest.MonkeyPatch) 
         return logits(model, hidden)
 
     monkeypatch.setattr(Qwen, "logits", spy)
-    tokens_of(LONG, max_tokens=2, temperature=0.0, prefill_step_size=20, logit_bias=ENDLESS)
+    options = {"temperature": 0.0, "logit_bias": ENDLESS, "speculate": "off"}
+    tokens_of(LONG, max_tokens=2, prefill_step_size=20, **options)
     assert shapes == [(1, 1, MODEL.config.text.hidden_size)] * 2
 
 
@@ -532,7 +533,7 @@ def test_responses_know_the_length_of_the_prompt() -> None:
 @pytest.mark.parametrize(
     ("model", "first", "last", "options"),
     [
-        (MODEL, 30, 120, {"logit_bias": ENDLESS}),  # no longer than one slab of keys and values
+        (MODEL, 30, 120, {"logit_bias": ENDLESS, "speculate": "off"}),  # no longer than one slab of keys and values
         (ScriptedModel([7] * 500), 20, 500, {}),
         (ScriptedModel([7] * 500), 20, 500, {"temperature": 1.0, "frequency_penalty": 0.01, "stop": "zebra"}),
     ],

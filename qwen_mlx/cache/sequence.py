@@ -130,33 +130,47 @@ class SequenceCache:
                 layer.offset -= n  # what lies behind it is not seen, and will be written over
         self._drop_checkpoints()
 
-    def checkpoint(self) -> None:
-        """Remember the recurrent states of this place, for `back_to_checkpoint`; the CHECKPOINTS newest are kept."""
-        self._remember([Checkpoint(self.offset, tuple(layer.snapshot() for layer in self._recurrent))])
+    def checkpoint(self, passed: Sequence[int] = ()) -> None:
+        """Remember the recurrent states of this place, and of the offsets `passed` inside the last update, at which it
+        was asked to keep them; `back_to_checkpoint` returns there.
 
-    def checkpoint_passed(self, offsets: Sequence[int]) -> None:
-        """Remember the places inside the last update at which it was asked to keep its states, all of them, in order.
-
-        Raises ValueError where it was asked for another number of them.
+        The CHECKPOINTS newest are kept, and all of one call. Raises ValueError for another number of offsets than the
+        update was asked for.
         """
-        states = list(zip(*(layer.passed for layer in self._recurrent), strict=True))
-        self._remember([Checkpoint(*point) for point in zip(offsets, states, strict=True)])
+        self._remember([*self._passed(passed), self.place()])
+
+    def checkpoint_passed(self, passed: Sequence[int]) -> None:
+        """The same without this place."""
+        self._remember(self._passed(passed))
+
+    def _passed(self, offsets: Sequence[int]) -> list[Checkpoint]:
+        if not offsets:
+            return []
+        states = zip(*(layer.passed for layer in self._recurrent), strict=True)
+        return [Checkpoint(*point) for point in zip(offsets, states, strict=True)]
 
     def _remember(self, points: Sequence[Checkpoint]) -> None:
         first = min((point.offset for point in points), default=self.offset + 1)
         others = [other for other in self.checkpoints if other.offset < first]
         self.checkpoints = (*others, *points)[-max(CHECKPOINTS, len(points)) :]
 
-    def back_to_checkpoint(self, offset: int) -> None:
-        """Be what this cache was at its last checkpoint at or before `offset`; without one it is empty again."""
-        empty = Checkpoint(0, ((None, None),) * len(self._recurrent))
-        point = max((p for p in (empty, *self.checkpoints) if p.offset <= offset), key=lambda p: p.offset)
+    def place(self) -> Checkpoint:
+        """This place, for `return_to`."""
+        return Checkpoint(self.offset, tuple(layer.snapshot() for layer in self._recurrent))
+
+    def return_to(self, point: Checkpoint) -> None:
+        """Be what this cache was at `point`, which it has not gone behind since: keys and values are still there."""
         for recurrent, states in zip(self._recurrent, point.states, strict=True):
             recurrent.restore(states)
         for layer in self.layers:
             if not isinstance(layer, RecurrentCache):
                 layer.offset = point.offset
         self._drop_checkpoints()
+
+    def back_to_checkpoint(self, offset: int) -> None:
+        """Be what this cache was at its last checkpoint at or before `offset`; without one it is empty again."""
+        empty = Checkpoint(0, ((None, None),) * len(self._recurrent))
+        self.return_to(max((p for p in (empty, *self.checkpoints) if p.offset <= offset), key=lambda p: p.offset))
 
     def snapshot(self) -> Snapshot:
         """The state now. Nothing is copied yet; the next token copies keys and values once, not writing in place.

@@ -4,6 +4,7 @@ The draft head of a model is looked for once, and what a round with drafts costs
 text: both are kept as long as the model.
 """
 
+import warnings
 from collections.abc import Sequence
 from statistics import median
 from weakref import finalize
@@ -22,6 +23,8 @@ from qwen_mlx.model.qwen import Qwen
 MODES = ("auto", "mtp", "ngram", "off")
 MOST = 4
 """Drafts of a round at most."""
+DRAFTS = range(1, SCAN_TOKENS)
+"""Numbers that may be asked for: of a longer round a cache cannot take back a part."""
 SETTLED = 256
 """Tokens of a text before drafts are tried where each row that is verified costs almost a step."""
 M3 = 15  # the GPU generation from which a quantized matmul of a few rows costs little more than that of one
@@ -38,42 +41,51 @@ def drafting(
     A seed promises the same text again, but how many drafts a round takes follows from measured time, and with them the
     random numbers of each token: where text is drawn with a seed, "auto" is off, and the others take `most` always.
 
-    Raises ValueError for another mode or `most`, which is at least 1 and leaves a round no longer than what a cache can
-    take back a part of, CheckpointError for "mtp" without a head.
+    Raises ValueError for another mode, or a `most` that is none of DRAFTS; CheckpointError for "mtp" without a head, or
+    with one that cannot be read, of which "auto" warns.
     """
     if mode not in MODES:
         raise ValueError(f"speculate must be {', '.join(MODES)}, not {mode!r}.")
-    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or not 1 <= most < SCAN_TOKENS):
-        raise ValueError(f"num_draft_tokens must be an integer from 1 to {SCAN_TOKENS - 1}, not {most!r}.")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most not in DRAFTS):
+        raise ValueError(f"num_draft_tokens must be an integer from 1 to {DRAFTS[-1]}, not {most!r}.")
     reproducible = params.seed is not None and params.temperature > 0
     if mode == "off" or (mode == "auto" and reproducible):
         return None
-    head = None if mode == "ngram" else known_of(model).head
+    known = known_of(model)
+    head = None if mode == "ngram" else known.head
     if head is None and mode == "mtp":
         raise CheckpointError(
-            f"{model.folder or 'The model'} has no draft head (mtp.*), so nothing can be speculated with it: convert "
-            "the model from a release that has one, or take ngram."
+            known.trouble
+            or f"{model.folder or 'The model'} has no draft head (mtp.*), so nothing can be speculated with it: "
+            "convert the model from a release that has one, or take ngram."
         )
     if head is None and mode == "auto":
         return None
     drafter = NGramDrafter(tokens) if head is None else MTPDrafter(model, head)
     kind, most = "ngram" if head is None else "mtp", most or MOST
-    lengths = Fixed(most) if reproducible else Learning(known_of(model).rounds[kind], most)
+    lengths = Fixed(most) if reproducible else Learning(known.rounds[kind], most)
     return Drafting(drafter, lengths, head)
 
 
 class Known:
-    """Of a model: its draft head, None where it has none, and how long its rounds take with drafts of either kind."""
+    """Of a model: its draft head, None where it has none or, for the reason of `trouble`, none that can be read; and
+    how long its rounds take with drafts of either kind."""
 
-    def __init__(self, head: MTPHead | None) -> None:
-        self.head = head
+    def __init__(self, model: Qwen) -> None:
+        self.head: MTPHead | None = None
+        self.trouble: str | None = None
         self.rounds = {"mtp": Measured(), "ngram": Measured()}
+        try:
+            self.head = None if model.folder is None else load_mtp(model.folder, model)
+        except CheckpointError as error:  # the model itself is whole, and answers without drafts
+            self.trouble = str(error)
+            warnings.warn(f"Nothing is speculated: {error}", stacklevel=5)
 
 
 def known_of(model: Qwen) -> Known:
-    """Kept as long as the model is; errors as `load_mtp` has them."""
+    """Looked for once, and kept as long as the model is."""
     if id(model) not in _known:
-        _known[id(model)] = Known(None if model.folder is None else load_mtp(model.folder, model))
+        _known[id(model)] = Known(model)
         finalize(model, _known.pop, id(model))
     return _known[id(model)]
 

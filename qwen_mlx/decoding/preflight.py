@@ -11,10 +11,10 @@ import mlx.core as mx
 
 from qwen_mlx.cache.prefix import PrefixStore
 from qwen_mlx.cache.quantized_kv import GROUPS
+from qwen_mlx.cache.sequence import CHECKPOINTS
 from qwen_mlx.cache.sizes import kv_bytes_per_token, slab_tokens, state_bytes
 from qwen_mlx.config import FULL, TextConfig
 from qwen_mlx.decoding.memory import memory_limit
-from qwen_mlx.decoding.reuse import SPACING
 from qwen_mlx.errors import MemoryLimitError
 from qwen_mlx.kernels.backend import gpu_generation
 from qwen_mlx.load import parameters
@@ -56,6 +56,7 @@ class Request:
     kv_bits: int | None = None
     others: int = 0
     store_room: int = 0  # bytes that a prefix store still takes
+    places: int = 0  # of the text at which it gets the states
     heads: int = 0  # draft heads, each with one full-attention layer more
 
     def plan(self, prompt: int, new: int, step_size: int) -> MemoryPlan:
@@ -76,14 +77,16 @@ class Request:
             keys_values=slabs + heads,
             states=2 * state_bytes(config, self.dtype),
             others=self.others,
-            snapshots=min(self.store_room, self._kept(prompt + new)),
+            snapshots=self._kept(prompt + new),
             prefill=growing + max(count * self._bytes_per_chunk_token(keys) for count, keys in chunks),
         )
 
     def _kept(self, tokens: int) -> int:
-        """Of a text by itself: keys and values once more, and states at its end and every SPACING tokens."""
-        states = (2 + tokens // SPACING) * state_bytes(self.config, self.dtype)
-        return tokens * kv_bytes_per_token(self.config, self.dtype, self.kv_bits) + states
+        """Of a text by itself, in a store: keys and values once more, and states at its places. Of those that the store
+        has no room for, the text's own cache still has the last few."""
+        states = state_bytes(self.config, self.dtype)
+        stored = tokens * kv_bytes_per_token(self.config, self.dtype, self.kv_bits) + self.places * states
+        return max(min(self.store_room, stored), min(self.places, CHECKPOINTS) * states)
 
     def _bytes_per_chunk_token(self, keys: int) -> int:
         """At the widest layer, with `keys` tokens in sight. The factors count arrays held at once, as measured."""
@@ -114,12 +117,14 @@ def check_memory(
     force: bool = False,
     held: int = 0,
     store: PrefixStore | None = None,
+    places: int = 0,
     head: MTPHead | None = None,
 ) -> MemoryPlan:
     """The plan for `prompt` tokens and `new` ones; without `step_size`, with the preferred chunk that fits.
 
-    `held`: bytes that the text's cache has now, which count as what they will be. A `store` gives up what it kept as
-    long as there is no room. A draft `head` has weights, keys and values of its own.
+    `held`: bytes that the text's cache has now, which count as what they will be. A `store`, which gets the states at
+    so many `places` of the text, gives up what it kept where that makes room enough. A draft `head` has weights, keys
+    and values of its own.
 
     Raises MemoryLimitError where it exceeds what the device allows, unless `force`; ValueError for a `step_size` below
     1; errors of `kv_bits` as `QuantizedKVCache` has them.
@@ -129,16 +134,22 @@ def check_memory(
     weights = sum(array.nbytes for array in parameters(model).values())
     if head is not None:
         weights += sum(array.nbytes for array in parameters(head).values())
-    limit = memory_limit()
-    while True:
-        others = max(0, mx.get_active_memory() - weights - held)  # weights may not have been read yet
-        room = max(0, store.max_bytes - store.nbytes) if store else 0
-        request = Request(model.config.text, weights, model.dtype, kv_bits, others, room, heads=int(head is not None))
-        plan = choose_plan(request, prompt, new, limit, step_size)
-        if limit is None or plan.total <= limit or not (store and store.drop()):
+    limit, config = memory_limit(), model.config.text
+
+    def planned(*, kept: int, room: int) -> tuple[Request, MemoryPlan]:
+        others = max(0, mx.get_active_memory() - weights - held - kept)  # weights may not have been read yet
+        request = Request(config, weights, model.dtype, kv_bits, others, room, places, int(head is not None))
+        return request, choose_plan(request, prompt, new, limit, step_size)
+
+    request, plan = planned(kept=store.nbytes if store else 0, room=0)  # with all of it given up
+    if limit is not None and plan.total > limit:
+        if not force:
+            raise MemoryLimitError(_refusal(request, plan, limit))
+        return plan
+    while store:
+        _, plan = planned(kept=0, room=max(0, store.max_bytes - store.nbytes))
+        if limit is None or plan.total <= limit or not store.drop():
             break
-    if limit is not None and plan.total > limit and not force:
-        raise MemoryLimitError(_refusal(request, plan, limit))
     return plan
 
 

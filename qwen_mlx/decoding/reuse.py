@@ -6,18 +6,24 @@ the token they begin with.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 
 import mlx.core as mx
 
 from qwen_mlx.cache.prefix import PrefixMatch, PrefixStore
-from qwen_mlx.cache.sequence import SequenceCache
+from qwen_mlx.cache.sequence import CHECKPOINTS, SequenceCache
 from qwen_mlx.decoding.prefill import prefill
+from qwen_mlx.errors import CheckpointError
+from qwen_mlx.load import weights_with_nan
 from qwen_mlx.model.qwen import Qwen
 from qwen_mlx.tokenizer import Tokenizer
 
 MESSAGE_START = "<|im_start|>"
 TAIL = 30
 """Tokens before the end of a text: what is put behind it may change how its last words are cut into tokens."""
+APART = 512
+"""Tokens between two messages of a long prompt whose beginnings are both kept: states take as much memory as the keys
+and values of 1,500 tokens."""
 SPACING = 2048
 """Tokens without a place of their own after which the end of a chunk becomes one. About as many tokens have keys and
 values as large as the states of one place."""
@@ -32,10 +38,11 @@ class PromptCache:
 
 
 class Reuse:
-    """One text: `tokens`, which whoever makes it appends to, and the cache that takes them in.
+    """One text: `tokens`, which whoever makes it appends to, and the cache that takes them in. At the end of its
+    context they agree, and are kept for the next.
 
-    Raises ValueError for a store or cache of another model or number of `kv_bits`, and for `tokens` that do not begin
-    with those of `prompt_cache` and go on.
+    Raises ValueError for a store of another model, a cache of another form or number of `kv_bits` than the model's, and
+    for `tokens` that do not begin with those of `prompt_cache` and go on.
     """
 
     def __init__(
@@ -71,7 +78,8 @@ class Reuse:
     ) -> mx.array:
         """Logits [1, V] behind all tokens, of which those not known yet go through `model`; arguments as `prefill`'s.
 
-        Interrupted, the store has the places that were passed up to then.
+        Interrupted, the store has the places that were passed up to then. CheckpointError for logits that are no
+        numbers.
         """
         prompt, places = self.tokens[:], []
         if self._store is not None:
@@ -81,24 +89,35 @@ class Reuse:
             places = places_to_keep(tokenizer, prompt, self.cached_tokens, step_size)
 
         def chunk_done(done: int, total: int) -> None:
-            self._keep_up_to(self.cache.offset)
+            if self._store is not None:
+                self._store.add(prompt[: self.cache.offset], self.cache)
             if progress:
                 progress(done, total)
 
         rest = prompt[self.cached_tokens :]
-        return prefill(model, rest, self.cache, step_size=step_size, marks=places, seen=seen, progress=chunk_done)
+        logits = prefill(model, rest, self.cache, step_size=step_size, marks=places, seen=seen, progress=chunk_done)
+        if not mx.isfinite(logits).all().item():
+            broken = ", ".join(weights_with_nan(model)[:4]) or "the activations overflow; try dtype bfloat16 or float32"
+            raise CheckpointError(f"The model's logits are not numbers: {broken}.")
+        return logits
 
-    def keep(self) -> None:
-        """Let the store have this place too. To be called between two tokens."""
-        if self._store is not None:
-            self.cache.checkpoint()
-        self._keep_up_to(self.cache.offset)
+    def __enter__(self) -> "Reuse":
+        return self
 
-    def _keep_up_to(self, offset: int) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """What went into the cache and is none of the tokens is taken back. The store gets this place too, but after an
+        error or Ctrl-C, when nothing is to be computed any more."""
+        beyond = self.cache.offset - len(self.tokens)
+        if beyond > 0 and self.cache.can_rewind(beyond):
+            self.cache.rewind(beyond)
+        held = self.tokens[: self.cache.offset]
         if self._prompt_cache is not None:
-            self._prompt_cache.tokens[:] = self.tokens[:offset]
-        if self._store is not None:
-            self._store.add(self.tokens[:offset], self.cache)
+            self._prompt_cache.tokens[:] = held
+        if self._store is not None and kind in (None, GeneratorExit):
+            self.cache.checkpoint()
+            self._store.add(held, self.cache)
 
 
 def _check_beginning(tokens: list[int], known: PromptCache) -> None:
@@ -120,12 +139,19 @@ def _check_beginning(tokens: list[int], known: PromptCache) -> None:
 def places_to_keep(tokenizer: Tokenizer, tokens: Sequence[int], start: int, step_size: int) -> list[int]:
     """Ascending offsets between `start` and the end of `tokens`, which is read in chunks of `step_size` from there.
 
-    Every beginning of a message, the assistant's among them: what is generated behind it will stand there in another
-    form when it is rendered again. The place TAIL tokens before the end, unless a message begins nearer. Ends of
-    chunks where nothing else lies within SPACING tokens.
+    Beginnings of messages, the assistant's among them: what is generated behind it will stand there in another form
+    when it is rendered again. All of the last CHECKPOINTS, and of those before, which in a conversation were the last
+    ones once, the first and those APART from each other. The place TAIL tokens before the end, unless a message begins
+    nearer. Ends of chunks where nothing else lies within SPACING tokens.
     """
     message = tokenizer.token_to_id(MESSAGE_START)
-    places = {i for i in range(start + 1, len(tokens)) if tokens[i] == message}
+    starts = [i for i in range(start + 1, len(tokens)) if tokens[i] == message]
+    places = set(starts[-CHECKPOINTS:])
+    last = -APART
+    for place in starts:
+        if place - last >= APART:
+            places.add(place)
+            last = place
     if (tail := len(tokens) - TAIL) > start and not any(place >= tail for place in places):
         places.add(tail)
     for end in range(start + step_size, len(tokens), step_size):

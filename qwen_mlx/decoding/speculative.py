@@ -6,7 +6,7 @@ come from nor what decides how many there are.
 """
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,9 @@ from qwen_mlx.decoding.drafters import Drafter
 from qwen_mlx.decoding.sampling import Sampler
 from qwen_mlx.model.mtp import MTPHead
 from qwen_mlx.model.qwen import Qwen
+
+LONGEST_REST = 32
+"""Tokens at most before drafts are looked for again: to look, a token must be known, which holds up the next."""
 
 Decoded = tuple[int, mx.array, bool]
 """A token, the logits [V] of its place, and whether it was a draft."""
@@ -42,6 +45,11 @@ class Drafting:
     lengths: Lengths
     head: MTPHead | None = None
 
+    @property
+    def seen(self) -> Callable[[mx.array, mx.array], None] | None:
+        """What wants to see the prompt go through the model, for `prefill`."""
+        return self.drafter.take if self.head is not None else None
+
 
 def decode_with_drafts(
     model: Qwen, logits: mx.array, cache: SequenceCache, sampler: Sampler, *, count: int, drafting: Drafting
@@ -55,15 +63,18 @@ def decode_with_drafts(
     mx.async_eval(token)
     drafter.take(None, token)
     cleared = count
+    missed = rest = 0  # nothing was found to draft so often in a row; tokens before it is looked for again
     while count:
         if cleared - count >= 256:
             mx.clear_cache()  # for the reason that `decode` has
             cleared = count
         start, drafts = time.perf_counter(), None
-        if wanted := min(lengths.choose(), count - 1):
+        wanted = 0 if rest else min(lengths.choose(), count - 1)
+        rest = max(0, rest - 1)
+        if wanted:
             drafts, drawn_from = drafter.draft(sampler, wanted)
-            if not drafts.size and not lengths.timed:  # such a round says nothing of what one with drafts takes
-                lengths.observe(wanted, 0, time.perf_counter() - start)
+            missed = 0 if drafts.size else missed + 1
+            rest = min(2**missed, LONGEST_REST) if missed else 0
         if drafts is None or not drafts.size:
             current, current_row = token, row
             count -= 1
@@ -72,9 +83,10 @@ def decode_with_drafts(
                 token, row = sampler(logits), logits[0]
                 mx.async_eval(token)
                 drafter.take(hidden, token)
-                if lengths.timed:
-                    mx.eval(token)
-                lengths.observe(0, 0, time.perf_counter() - start)
+                if not wanted and not rest:  # else it tells nothing of what a plain step takes
+                    if lengths.timed:
+                        mx.eval(token)
+                    lengths.observe(0, 0, time.perf_counter() - start)
             yield int(current.item()), current_row, False  # type: ignore[arg-type]
             continue
         hidden = model.hidden(model.embed(mx.concatenate([token, drafts])[None]), cache)

@@ -88,13 +88,16 @@ def _shifted_products(
     B, T, _ = x.shape
     taps, keys = weight.shape[1], key_heads * key_dim
     columns = mx.concatenate([conv_state.astype(x.dtype), x], axis=1)  # [B, K-1+T, Cn]
+    last = _last_columns(columns, taps - 1, mask)
+    # First of all: what waits for the end of the graph would keep the columns of every layer until then.
+    (columns,) = mx.depends([columns], [last])
     wide, rows = columns.astype(mx.float32), mx.contiguous(weight.astype(mx.float32).T)
     y = wide[:, :T] * rows[:1]
     for i in range(1, taps):
         y = y + wide[:, i : i + T] * rows[i : i + 1]
     q, k, v = mx.split(silu(y), [keys, 2 * keys], axis=-1)
     q, k = (l2_norm(y.reshape(B, T, key_heads, key_dim)) for y in (q, k))
-    return q * key_dim**-0.5, k, v, _last_columns(columns, taps - 1, mask)
+    return q * key_dim**-0.5, k, v, last
 
 
 def metal_causal_conv1d(

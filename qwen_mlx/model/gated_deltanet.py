@@ -108,6 +108,8 @@ class GatedDeltaNet(nn.Module):
             else:
                 o, state, states = _in_pieces(rule, state, cuts)
                 passed = [(_window_after(before[0], columns, n), s) for n, s in zip(cuts, states)]
+                if passed:  # made at once: waiting, they would keep the columns of every layer
+                    (o,) = mx.depends([o], [window for window, _ in passed])
             y = self.norm(o, z.reshape(heads)).reshape(B, T, -1)
         cache.update(conv_state, state, T, tape, passed)
         return self.out_proj(y)

@@ -62,16 +62,23 @@ class Qwen(nn.Module):
         """x [B, T, D] -> hidden states after the final norm, [B, T, D]; the cache takes the T tokens in.
 
         `positions` [3, B, T] (time, height, width) where images make them differ from the place in the sequence.
-        Of ascending offsets, `marks`, the cache makes checkpoints where the T tokens reach or pass them.
+        Of ascending offsets, `marks`, the cache makes checkpoints where the T tokens reach or pass them. An exception,
+        Ctrl-C among them, leaves the cache as it was.
         """
         start, end = cache.offset, cache.offset + x.shape[1]
         inside = [mark for mark in marks if start < mark < end]
         cuts = [mark - start for mark in inside]
         span = make_span(x.shape[1], start, left_padding=cache.left_padding, positions=positions, cuts=cuts)
-        hidden = self.model(x, cache.layers, span)
-        cache.checkpoint_passed(inside)
+        before = cache.place()
+        try:
+            hidden = self.model(x, cache.layers, span)
+        except BaseException:  # Ctrl-C in the middle: some layers have taken the tokens in, others not
+            cache.return_to(before)
+            raise
         if end in marks:
-            cache.checkpoint()
+            cache.checkpoint(inside)
+        else:
+            cache.checkpoint_passed(inside)
         return hidden
 
     def logits(self, hidden: mx.array) -> mx.array:

@@ -12,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_mlx.decoding.drafters import NGRAMS, WAITING, MTPDrafter, NGramDrafter
+from qwen_mlx.decoding.prefill import prefill
 from qwen_mlx.decoding.sampling import Sampler, SamplingParams
+from qwen_mlx.decoding.speculative import Drafting, decode_with_drafts
 from qwen_mlx.load_mtp import load_mtp
 from qwen_mlx.model.mtp import MTPHead
 from qwen_mlx.model.qwen import Qwen
 from tests.decoding.test_sampling import REAL, probabilities
+from tests.decoding.test_speculative import Oracle, Turns, plain, tokens_of
 from tests.golden.checkpoints import VARIANTS, VOCAB_SIZE
 from tests.golden.compare import MTP_LENGTHS
 from tests.golden.compare import load as load_golden
@@ -102,6 +105,30 @@ def test_after_drafts_the_state_is_that_of_the_text(
     drafts = drafter.draft(sampler_of(), 4)[0].tolist()
     assert drafts == never.draft(sampler_of(), 4)[0].tolist()
     np.testing.assert_allclose(slots(drafter), slots(never), atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(3,), (2, 0, 1)], ids=str)
+@pytest.mark.parametrize("right", [0, 2])
+def test_the_loop_gives_it_the_hidden_states_of_what_stands(
+    right: int, lengths: tuple[int, ...], model_of: ModelOf, head_of: HeadOf
+) -> None:
+    """The drafts are those of someone who knows the text, so that some stand; the head is told the same."""
+    model, head, prompt = model_of("a-r1-d32", "float32"), head_of("a-r1-d32"), [5, 6, 7, 8]
+    text = tokens_of(plain(model, prompt, 30))
+    oracle, drafter, sequence = Oracle(text, right), MTPDrafter(model, head), model.make_cache()
+    drafter.draft = oracle.draft  # type: ignore[method-assign]
+    logits = prefill(model, prompt, sequence, step_size=3, seen=drafter.take)
+    take = drafter.take
+    drafter.take = lambda *told: (take(*told), oracle.take(*told))  # type: ignore[assignment, method-assign]
+    drafting = Drafting(drafter, Turns(*lengths), head)
+    said = tokens_of([*decode_with_drafts(model, logits, sequence, sampler_of(), count=20, drafting=drafting)])
+    assert said == text[:20]
+    del drafter.draft
+    behind = [*prompt, *text][: 1 + drafter._slots + sum(tokens.size for tokens in drafter._tokens)]
+    assert len(behind) >= len(prompt) + 20
+    never = fed(model, head, behind)
+    assert drafter.draft(sampler_of(), 4)[0].tolist() == never.draft(sampler_of(), 4)[0].tolist()
+    np.testing.assert_allclose(slots(drafter), slots(never), atol=1e-4)
 
 
 @pytest.mark.parametrize("more", [0, 1, 2])

@@ -79,8 +79,8 @@ def test_2000_tokens_through_the_compiled_step(
 
 
 def test_5000_tokens_with_drafts() -> None:
-    """What a cache keeps to go back, a state of each layer, is there between some tokens and not between others. A draft
-    that was kept, with its logits or hidden states, would add thousands of arrays."""
+    """What a cache keeps to go back, a state of each layer, is there between some tokens and not between others. Drafts
+    that were kept, with their logits or hidden states, would add thousands of arrays."""
     drafter, cache = MTPDrafter(DEMO, DEMO_HEAD), DEMO.make_cache()
     logits = prefill(DEMO, PROMPT, cache, step_size=8, seen=drafter.take)
     drafting = Drafting(drafter, Turns(2, 2, 2, 2, 1, 2, 2, 2, 0), DEMO_HEAD)
