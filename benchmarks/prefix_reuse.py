@@ -101,16 +101,15 @@ def measure(model, tokenizer, prompt: list[int], answer: list[int], store) -> di
     from qwen_mlx.decoding.reuse import Reuse
 
     start = time.perf_counter()
-    text = Reuse(model, prompt, store=store)
-    logits = text.read(model, tokenizer, step_size=STEP_SIZE)
-    mx.eval(logits)
-    read = time.perf_counter()
-    script = iter([*answer, 0])  # one more than is taken: an answer is read up to its last token
-    drawn = decode(model, logits, text.cache, lambda row: 0 * row.argmax(-1) + next(script), count=len(answer) + 1)
-    text.tokens += [token for token, *_ in (next(drawn) for _ in answer)]
-    drawn.close()
-    told = time.perf_counter()
-    text.keep()
+    with Reuse(model, prompt, store=store) as text:
+        logits = text.read(model, tokenizer, step_size=STEP_SIZE)
+        mx.eval(logits)
+        read = time.perf_counter()
+        script = iter([*answer, 0])  # one more than is taken: an answer is read up to its last token
+        drawn = decode(model, logits, text.cache, lambda row: 0 * row.argmax(-1) + next(script), count=len(answer) + 1)
+        text.tokens += [token for token, *_ in (next(drawn) for _ in answer)]
+        drawn.close()
+        told = time.perf_counter()
     kept = time.perf_counter()
     cold = Reuse(model, prompt).read(model, tokenizer, step_size=STEP_SIZE)
     mx.eval(cold)

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = check_memory(model, len(tokens), 0, **options)
     with device_limits(), Progress("Prompt") as progress:
         text.read(model, tokenizer, step_size=plan.step_size, progress=progress.update)
-    save_prompt_cache(path, PromptCache(tokens, text.cache), model, tokenizer)
+    save_prompt_cache(path, PromptCache(tokens, text.cache, model), model, tokenizer)
     told = {"file": args.prompt_cache_file, "tokens": len(tokens), "bytes": path.stat().st_size}
     print(json.dumps(told) if args.json else f"{args.prompt_cache_file}: {len(tokens)} tokens", flush=True)
 

@@ -36,6 +36,9 @@ NEAR = {mx.float32: 1e-3, mx.bfloat16: 0.5, mx.float16: 0.0625}
 """Differences of two logits that the order of a sum may turn: about four units in the last place of a logit of 20 in 16
 bits, and in float32 what sums over a few thousand products come to."""
 
+LONG_ENOUGH = 16
+"""Tokens of an answer from which its time tells something."""
+
 
 @dataclass
 class Tally:
@@ -91,8 +94,10 @@ class Verification:
         with device_limits():
             self._answer(next(iter(prompts := list(prompts))), Tally())  # kernels, buffers and costs are made first
             for prompt in prompts:
+                before = tally.tokens
                 plain, speculative = self._answer(prompt, tally)
-                tally.ratios.append(plain / speculative)
+                if tally.tokens - before >= LONG_ENOUGH:
+                    tally.ratios.append(plain / speculative)
         return tally
 
     def _answer(self, prompt: Sequence[int], tally: Tally) -> tuple[float, float]:
@@ -157,8 +162,8 @@ def report(tally: Tally) -> dict[str, Any]:
         "tokens": tally.tokens,
         "near_ties": tally.near_ties,
         "differences": tally.differences,
-        "acceptance": [round(right / tried, 4) for right, tried in zip(tally.right, tally.tried)],
-        "speed_ratio": round(median(tally.ratios), 3),
+        "acceptance": [round(right / tried, 4) for right, tried in zip(tally.right, tally.tried) if tried],
+        "speed_ratio": round(median(tally.ratios), 3) if tally.ratios else None,
     }
 
 
@@ -188,6 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _lines(found: dict[str, Any]) -> str:
+    ratio = found["speed_ratio"]
+    speed = f"{ratio:.2f} times plain decoding, median over the prompts" if ratio else "answers too short to tell"
     positions = ", ".join(f"{rate:.0%}" for rate in found["acceptance"]) or "no drafts were made"
     return "\n".join(
         [
@@ -195,7 +202,7 @@ def _lines(found: dict[str, Any]) -> str:
             "near ties decided otherwise",
             *(f"             {difference}" for difference in found["differences"]),
             f"acceptance   {positions}, by position",
-            f"speed        {found['speed_ratio']:.2f} times plain decoding, median over the prompts",
+            f"speed        {speed}",
         ]
     )
 

@@ -314,7 +314,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     def fake_load_file(path: str, model: Any, tokenizer: Any, **options: Any) -> PromptCache:
         seen.file = {"path": path, **options}
-        return PromptCache([], MODEL.make_cache())
+        return PromptCache([], MODEL.make_cache(), MODEL)
 
     monkeypatch.setattr(COMMAND, "load", fake_load)
     monkeypatch.setattr(COMMAND, "load_prompt_cache", fake_load_file)

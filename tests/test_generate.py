@@ -559,7 +559,7 @@ BEHIND = TOKENIZER.encode(", the fox")
 
 def known(kv_bits: int | None = None) -> PromptCache:
     """`LONG`, computed before."""
-    prompt = PromptCache(TOKENIZER.encode(LONG), MODEL.make_cache(kv_bits=kv_bits))
+    prompt = PromptCache(TOKENIZER.encode(LONG), MODEL.make_cache(kv_bits=kv_bits), MODEL)
     mx.eval(prefill(MODEL, prompt.tokens, prompt.cache, step_size=64))
     return prompt
 
@@ -666,6 +666,6 @@ def test_a_prompt_cache_of_other_bits_is_refused(kv_bits: int | None) -> None:
 
 
 def test_a_prompt_cache_of_another_model_is_refused(model_of: Callable[[str, str], Qwen]) -> None:
-    prompt = PromptCache([], model_of("a-r1-d32", "float32").make_cache())
+    prompt = PromptCache([], model_of("a-r1-d32", "float32").make_cache(), MODEL)
     with pytest.raises(ValueError, match="The prompt cache is of another model"):
         generate(MODEL, TOKENIZER, START, prompt_cache=prompt)

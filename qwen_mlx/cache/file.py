@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,7 +145,10 @@ def _write(path: Path, metadata: dict[str, str], arrays: Mapping[str, mx.array])
     text += b" " * (-len(text) % 8)
     text = len(text).to_bytes(8, "little") + text
     digest = hashlib.sha256(text)
-    unfinished = Path(f"{path}.unfinished")
+    path = path.resolve()  # of a link, what it leads to is written
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # such as /dev/null
+        raise PromptCacheError(f"{path} is no file that could be replaced; give another name.")
+    unfinished = Path(f"{path}.{secrets.token_hex(4)}.unfinished")  # others may write the same file now
     try:
         with unfinished.open("wb") as file:
             file.write(text)

@@ -96,7 +96,9 @@ class PrefixStore:
         found = self._longest(ids[:-1], with_states=True)
         match = self._match(ids, found.end)
         if found.states is not None:
-            self._touch_way_to(found)
+            # The beginning last: other texts begin alike, and of this one there will be places further on.
+            for piece in sorted(self._matching(ids[: found.end]), key=lambda piece: -piece.end):
+                self._touch(piece)
             _fill(cache, found, room=len(ids))
         return match
 
@@ -183,13 +185,6 @@ class PrefixStore:
         piece = _Piece(ids.copy(), end, keys_values, states, _before=weakref.ref(before))
         before.after.append(piece)
         return piece
-
-    def _touch_way_to(self, piece: _Piece) -> None:
-        """The beginning last: other texts begin alike, and what lies behind it is about to have places further on."""
-        place: _Piece | None = piece
-        while place is not None:
-            self._touch(place)
-            place = place.before
 
     def _touch(self, piece: _Piece) -> None:
         self._clock += 1

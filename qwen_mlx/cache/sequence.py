@@ -200,7 +200,8 @@ class SequenceCache:
         for place, (mine, other) in enumerate(zip(self.form, theirs)):
             if mine != other:
                 raise ValueError(
-                    f"The {what} is of another model: its layer {place} holds {other}, that of this cache {mine}."
+                    f"The {what} is of another model: its layer {place} holds {other}, that of this cache {mine}; take "
+                    "the same model and kv_bits."
                 )
 
     @property

@@ -21,7 +21,12 @@ SAMPLES = 4096  # tensors at most that are looked into
 
 
 def save_prompt_cache(path: str | Path, prompt: PromptCache, model: Qwen, tokenizer: Tokenizer) -> None:
-    """Write `prompt` to `path`, which appears when complete; errors as `write_cache` and `fingerprint` have them."""
+    """Write `prompt` to `path`, which appears when complete.
+
+    Raises ValueError for a prompt of another model; other errors as `write_cache` and `fingerprint` have them.
+    """
+    if prompt.model is not model:
+        raise ValueError("The prompt cache was made for another model, and a file tells whose it is: pass that model.")
     write_cache(path, prompt.cache, prompt.tokens, fingerprint(model, tokenizer))
 
 
@@ -34,7 +39,7 @@ def load_prompt_cache(
     tokenizer, template or number of bits; other errors as `fingerprint` has them.
     """
     cache = model.make_cache(kv_bits=kv_bits)
-    return PromptCache(read_cache(path, cache, fingerprint(model, tokenizer)), cache)
+    return PromptCache(read_cache(path, cache, fingerprint(model, tokenizer)), cache, model)
 
 
 def fingerprint(model: Qwen, tokenizer: Tokenizer) -> Fingerprint:

@@ -31,18 +31,19 @@ values as large as the states of one place."""
 
 @dataclass
 class PromptCache:
-    """A cache, and the ids of all tokens that it holds."""
+    """A cache of `model`, and the ids of all tokens that it holds: both go on with every answer given from it."""
 
     tokens: list[int]
     cache: SequenceCache
+    model: Qwen
 
 
 class Reuse:
     """One text: `tokens`, which whoever makes it appends to, and the cache that takes them in. At the end of its
     context they agree, and are kept for the next.
 
-    Raises ValueError for a store of another model, a cache of another form or number of `kv_bits` than the model's, and
-    for `tokens` that do not begin with those of `prompt_cache` and go on.
+    Raises ValueError for a store or cache of another model or number of `kv_bits`, and for `tokens` that do not begin
+    with those of `prompt_cache` and go on.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Reuse:
                 raise ValueError("The prefix store was made for another model; make one for this: PrefixStore(model).")
             store.check_form(self.cache)
         if prompt_cache is not None:
+            if prompt_cache.model is not model:
+                raise ValueError("The prompt cache was made for another model; load or make it with this one.")
             self.cache.check_form("prompt cache", prompt_cache.cache.form)
             _check_beginning(self.tokens, prompt_cache)
             self.cache, self.cached_tokens = prompt_cache.cache, len(prompt_cache.tokens)
@@ -164,7 +167,7 @@ def in_words(tokenizer: Tokenizer, tokens: Sequence[int], match: PrefixMatch) ->
     """How much of a prompt was known, and where it parts from what is known."""
     known = f"{match.cached} of {len(tokens)} tokens were known"
     if match.common >= len(tokens):
-        return f"{known}; the same prompt was met before."
+        return f"{known}; the same prompt was met before{'' if match.cached else ', too short to go on from'}."
     if match.common == 0 and match.kept is None:
         return f"{known}; nothing is kept yet."
     here = _shown(tokenizer, tokens[match.common])

@@ -420,3 +420,34 @@ def test_the_metadata_tell_a_person_what_it_is(saved: Saved) -> None:
     about = json.loads(metadata["about"])
     assert about["fingerprint"]["name"] == "mine"
     assert about["form"][3] == "KVCache of 2 heads of 64 in float32"
+
+
+def test_what_a_link_leads_to_is_written(tmp_path: Path, model: Qwen) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    save(tmp_path / "link", model)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").stat().st_size > 0
+
+
+def test_what_is_neither_file_nor_folder_stays_what_it_is(tmp_path: Path, model: Qwen) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PromptCacheError, match="is no file that could be replaced"):
+        save(tmp_path / "pipe", model)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path, model: Qwen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is about to put its file in place, another writes the whole of its own."""
+    replace, written = Path.replace, []
+
+    def replace_late(unfinished: Path, path: Path) -> Path:
+        if not written:
+            written.append(unfinished)
+            save(tmp_path / "prompt", model)
+        return replace(unfinished, path)
+
+    monkeypatch.setattr(Path, "replace", replace_late)
+    saved = save(tmp_path / "prompt", model)
+    cache = model.make_cache()
+    assert read_cache(tmp_path / "prompt", cache, MINE) == saved[2]
+    assert list(tmp_path.iterdir()) == [tmp_path / "prompt"]

@@ -269,15 +269,26 @@ def test_drop_gives_up_one_place_after_the_other(store: PrefixStore, model: Qwen
 def test_keys_and_values_stay_as_long_as_a_later_place_needs_them(store: PrefixStore, model: Qwen) -> None:
     keep(store, model, TEXT, 20, 40, 60)
     store.drop()
-    assert store.nbytes == 2 * STATES + 60 * KEYS_VALUES
-    assert cached(store, model, TEXT[:40]) == 0
+    store.drop()
+    assert store.nbytes == STATES + 60 * KEYS_VALUES
+    assert cached(store, model, TEXT) == 0
     cache = model.make_cache()
     assert store.restore([*TEXT, 1], cache).cached == 60
     goes_on_as_a_fresh_one(model, cache, TEXT)
-    store.drop()  # the place at 40
-    assert store.nbytes == STATES + 60 * KEYS_VALUES
     store.drop()
     assert store.nbytes == 0
+
+
+def test_a_use_is_one_of_all_places_on_the_way(store: PrefixStore, model: Qwen) -> None:
+    """The last of them goes first: texts that are still to come begin alike."""
+    keep(store, model, TEXT, 20, 60)
+    keep(store, model, [*TEXT[:40], *OTHER[40:]], 40)  # a way of its own
+    keep(store, model, OTHER, 60)
+    cached(store, model, [*TEXT, 1])
+    sizes = []
+    while store.drop():
+        sizes.append(store.nbytes)
+    assert sizes == [3 * STATES + 80 * KEYS_VALUES, 2 * STATES + 40 * KEYS_VALUES, STATES + 20 * KEYS_VALUES, 0]
 
 
 def test_a_place_given_up_is_kept_anew_where_it_was(store: PrefixStore, model: Qwen) -> None:
@@ -397,6 +408,12 @@ class Naive:
         self.kept.pop(beginning, None)
         self.kept[beginning] = None
 
+    def use_way_to(self, place: tuple[int, ...]) -> None:
+        """The shortest last."""
+        way = [own for own in self.kept if place[: len(own)] == own]
+        for own in sorted(way, key=len, reverse=True):
+            self.use(own)
+
     def drop(self) -> bool:
         if self.kept:
             del self.kept[next(iter(self.kept))]
@@ -449,8 +466,7 @@ class Walk:
         match = self.store.restore(tokens, cache)
         assert (match.cached, match.common) == (cached, common)
         assert match.kept in behind
-        if expected:
-            self.naive.use(expected)
+        self.naive.use_way_to(expected)
         return cache
 
     def add(self, of: int, cut: float, more: int, marks: list[float]) -> None:

@@ -247,7 +247,7 @@ def test_these_texts_end_with_a_draft(name: str) -> None:
 
 def broken_off(mode: str, n: int, **options: Any) -> tuple[list[int], PromptCache, PrefixStore]:
     """A text whose consumer takes n tokens: these, and what is kept of it."""
-    known, store = PromptCache([], MODEL.make_cache()), PrefixStore(MODEL)
+    known, store = PromptCache([], MODEL.make_cache(), MODEL), PrefixStore(MODEL)
     stream = stream_generate(
         MODEL, TOKENIZER, TALE, temperature=0.0, speculate=mode, prompt_cache=known, prefix_store=store, **options
     )
@@ -283,3 +283,18 @@ def next_turn_is_a_cold_one(known: PromptCache, store: PrefixStore, kept: int) -
     assert {r.cached_tokens for r in stored} == {kept}
     assert [r.token for r in stored] == cold
     assert [r.token for r in responses("mtp", prompt, max_tokens=12, prompt_cache=known)] == cold
+
+
+def test_a_head_that_cannot_be_read_is_a_warning_once(tmp_path: Path) -> None:
+    """The model itself is whole, and answers."""
+    folder = build("f-k32-v64", tmp_path / "broken")
+    tensors = dict(mx.load(str(folder / "model.safetensors")))
+    mx.eval(tensors)
+    del tensors["mtp.fc.weight"]
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
+    model = load_model(folder, dtype="float32")
+    with pytest.warns(UserWarning, match=r"Nothing is speculated: .*fc\.weight"):
+        assert drafting(model, TALE, GREEDY) is None
+    assert drafting(model, TALE, GREEDY) is None
+    with pytest.raises(CheckpointError, match=r"fc\.weight"):
+        drafting(model, TALE, GREEDY, "mtp")

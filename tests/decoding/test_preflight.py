@@ -4,6 +4,7 @@ import gc
 import importlib
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from qwen_mlx.decoding.autoregressive import decode
 from qwen_mlx.decoding.memory import memory_limit
 from qwen_mlx.decoding.prefill import prefill
 from qwen_mlx.decoding.preflight import STEP_SIZES, Request, check_memory, choose_plan, longest_context
-from qwen_mlx.decoding.reuse import Reuse
+from qwen_mlx.decoding.reuse import Reuse, places_to_keep
 from qwen_mlx.decoding.sampling import Sampler, SamplingParams
 from qwen_mlx.errors import MemoryLimitError
 from qwen_mlx.model.qwen import Qwen
@@ -99,15 +100,15 @@ def test_the_count_with_a_store_is_near_the_measured_peak(name: str) -> None:
     tokens[prompt // 6 :: prompt // 6] = [IM_START] * len(tokens[prompt // 6 :: prompt // 6])
 
     def work() -> None:
-        text = Reuse(model, tokens, store=PrefixStore(model))
-        logits = text.read(model, tokenizer, step_size=step_size)  # type: ignore[arg-type]
-        sampler = Sampler(SamplingParams(), tokens, vocab_size=384, num_real_tokens=352)
-        for token, *_ in decode(model, logits, text.cache, sampler, count=NEW):
-            text.tokens.append(token)
-        text.keep()
+        with Reuse(model, tokens, store=PrefixStore(model)) as text:
+            logits = text.read(model, tokenizer, step_size=step_size)  # type: ignore[arg-type]
+            sampler = Sampler(SamplingParams(), tokens, vocab_size=384, num_real_tokens=352)
+            for token, *_ in decode(model, logits, text.cache, sampler, count=NEW):
+                text.tokens.append(token)
 
-    store = PrefixStore(model)
-    plan = replace(check_memory(model, prompt, NEW, step_size=step_size, force=True, store=store), others=0)
+    places = len(places_to_keep(tokenizer, tokens, 0, step_size)) + 1  # type: ignore[arg-type]
+    options = {"step_size": step_size, "store": PrefixStore(model), "places": places}
+    plan = replace(check_memory(model, prompt, NEW, force=True, **options), others=0)
     assert 0.8 < plan.total / measured(model, work) < 1.2
 
 
@@ -226,9 +227,9 @@ def test_what_a_text_holds_already_is_not_counted_twice(allowed: Callable[[int],
 
 
 def test_what_will_be_kept_of_a_text_counts() -> None:
-    """Its keys and values once more, and states at its end, in its last tokens and after every 2,048."""
+    """Its keys and values once more, and states at its places."""
     per_token, states = kv_bytes_per_token(REQUEST.config, mx.float32), state_bytes(REQUEST.config, mx.float32)
-    without, plan = REQUEST.plan(5000, 100, 512), replace(REQUEST, store_room=10**12).plan(5000, 100, 512)
+    without, plan = REQUEST.plan(5000, 100, 512), replace(REQUEST, store_room=10**12, places=4).plan(5000, 100, 512)
     assert (without.snapshots, plan.snapshots) == (0, 5100 * per_token + 4 * states)
     assert plan.total - without.total == plan.snapshots
 
@@ -274,12 +275,15 @@ def test_a_store_gives_up_as_much_as_there_must_be_room_for(count: int, allowed:
     assert plan.total == pytest.approx(total - count * each, abs=each // 4)
 
 
-def test_where_not_even_an_empty_store_leaves_room_it_is_refused_with_numbers(allowed: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_where_not_even_an_empty_store_leaves_room_it_keeps_what_it_has(
+    force: bool, allowed: Callable[[int], None]
+) -> None:
     allowed(300_000_000)
     store = store_of(TEXTS)
-    with pytest.raises(MemoryLimitError, match=r"what is kept for the next prompt \d\.\d\d, a chunk of 64 tokens"):
-        check_memory(MODEL, 262_144, 512, store=store)
-    assert store.nbytes == 0
+    with nullcontext() if force else pytest.raises(MemoryLimitError, match=r"this device allows 0\.30 GB"):
+        check_memory(MODEL, 262_144, 512, store=store, places=4, force=force)
+    assert kept(store) == [True, True, True]
 
 
 def test_linux_says_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

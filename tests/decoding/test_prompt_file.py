@@ -140,7 +140,7 @@ def test_a_model_that_was_not_loaded_has_no_fingerprint(folder: Path) -> None:
 
 
 def computed(model: Qwen, tokenizer: Tokenizer, kv_bits: int | None = None) -> PromptCache:
-    prompt = PromptCache(tokenizer.encode("Once upon a time" * 20), model.make_cache(kv_bits=kv_bits))
+    prompt = PromptCache(tokenizer.encode("Once upon a time" * 20), model.make_cache(kv_bits=kv_bits), model)
     mx.eval(prefill(model, prompt.tokens, prompt.cache, step_size=64))
     return prompt
 
@@ -157,7 +157,8 @@ def test_saved_and_loaded_is_never_saved(dtype: str, kv_bits: int | None, tmp_pa
         asked = [*known.tokens, *tokenizer.encode(", the fox")]
         options = {"temperature": 0.0, "max_tokens": 32, "kv_bits": kv_bits}
         options |= {"logit_bias": {token: -1e4 for token in model.config.eos_token_ids}}
-        said.append([r.token for r in stream_generate(model, tokenizer, asked, prompt_cache=known, **options)])
+        answer = stream_generate(known.model, tokenizer, asked, prompt_cache=known, **options)
+        said.append([r.token for r in answer])
     assert (len(said[0]), said[0]) == (32, said[1])
 
 

@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 
 from qwen_mlx import PrefixStore, PromptCache, generate, load, load_prompt_cache, save_prompt_cache, stream_generate
 from qwen_mlx.cache.prefix import PrefixMatch
+from qwen_mlx.cache.sequence import CHECKPOINTS
 from qwen_mlx.chat.template import render
-from qwen_mlx.decoding.reuse import SPACING, TAIL, Reuse, in_words, places_to_keep
-from qwen_mlx.generate import Prompt
+from qwen_mlx.decoding.prompt import Prompt
+from qwen_mlx.decoding.reuse import APART, SPACING, TAIL, Reuse, in_words, places_to_keep
+from qwen_mlx.decoding.sampling import Sampler
+from qwen_mlx.model.gated_deltanet import GatedDeltaNet
 from qwen_mlx.model.qwen import Qwen
 
 MODEL, TOKENIZER = load("demo", dtype="float32")
@@ -49,6 +52,23 @@ def with_messages(length: int, *starts: int) -> list[int]:
         pytest.param(with_messages(100, 0, 5, 50, 90), 0, 512, [5, 50, 90], id="messages"),
         pytest.param(with_messages(100, 0, 5, 50, 90), 5, 512, [50, 90], id="behind_what_is_known"),
         pytest.param(with_messages(100, 99), 0, 512, [99], id="the_last_token_begins_a_message"),
+        pytest.param(
+            with_messages(920, *range(100, 920, 100)), 0, 512, [100, 600, 700, 800, 900], id="the_first_and_the_last"
+        ),
+        pytest.param(
+            with_messages(1520, *range(0, 1520, 100)),
+            200,
+            512,
+            [300, 900, 1200, 1300, 1400, 1500],
+            id="some_of_the_others",
+        ),
+        pytest.param(
+            with_messages(740, 100, 611, 612, 700, 710, 720, 730),
+            0,
+            512,
+            [100, 612, 700, 710, 720, 730],
+            id="as_far_apart_as_need_be",
+        ),
         pytest.param(with_messages(100), 0, 512, [70], id="tail"),
         pytest.param(with_messages(100, 10), 0, 512, [10, 70], id="tail_behind_a_message"),
         pytest.param(with_messages(100, 70), 0, 512, [70], id="a_message_where_the_tail_begins"),
@@ -66,14 +86,14 @@ def with_messages(length: int, *starts: int) -> list[int]:
     ],
 )
 def test_places_to_keep(tokens: list[int], start: int, step_size: int, places: list[int]) -> None:
-    assert (SPACING, TAIL) == (2048, 30)
+    assert (SPACING, APART, TAIL, CHECKPOINTS) == (2048, 512, 30, 4)
     assert places_to_keep(TOKENIZER, tokens, start, step_size) == places
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     length=st.integers(1, 9000),
-    starts=st.sets(st.floats(0, 1, exclude_max=True), max_size=20),
+    starts=st.sets(st.floats(0, 1, exclude_max=True), max_size=60),
     start=st.floats(0, 1, exclude_max=True),
     step_size=st.sampled_from([64, 100, 512, 2048, 3000]),
 )
@@ -82,7 +102,10 @@ def test_places_by_their_definition(length: int, starts: set[float], start: floa
     places = places_to_keep(TOKENIZER, with_messages(length, *messages), begin, step_size)
     assert places == sorted({*places})
     assert all(begin < place < length for place in places)
-    assert {message for message in messages if message > begin} <= {*places}
+    new = sorted(message for message in messages if message > begin)
+    assert {*new[:1], *new[-CHECKPOINTS:]} <= {*places}
+    assert all(any(message - APART < place <= message for place in places) for message in new)
+    assert len([message for message in new if message in places]) <= CHECKPOINTS + 1 + length // APART
     ends = range(begin + step_size, length, step_size)
     assert all(place in messages or place in ends or place == length - TAIL for place in places)
     widths = np.diff([begin, *places, length])
@@ -95,6 +118,11 @@ def test_places_by_their_definition(length: int, starts: set[float], start: floa
     [
         pytest.param((0, 0, None), "0 of 4 tokens were known; nothing is kept yet.", id="nothing"),
         pytest.param((3, 4, None), "3 of 4 tokens were known; the same prompt was met before.", id="all"),
+        pytest.param(
+            (0, 4, None),
+            "0 of 4 tokens were known; the same prompt was met before, too short to go on from.",
+            id="all_but_no_place",
+        ),
         pytest.param((3, 4, 9), "3 of 4 tokens were known; the same prompt was met before.", id="all_and_more"),
         pytest.param(
             (1, 2, None), "1 of 4 tokens were known; what is kept ends at token 2, before ' was' ({2}).", id="ends"
@@ -402,17 +430,14 @@ def interrupt(at: int) -> Callable[[int, int], None]:
     return progress
 
 
-def long_messages() -> list[dict[str, Any]]:
-    return [SYSTEM, *(message for q in QUESTIONS for message in (user(q), assistant("I think so."))), user("Why?")]
-
-
 def test_interrupted_in_the_middle_of_a_prompt() -> None:
     """Places in the chunks that were done are used when the prompt is read again."""
-    store, messages = PrefixStore(MODEL), long_messages()
+    store, system = PrefixStore(MODEL), {"role": "system", "content": f"{SYSTEM['content']} {TALE}."}
+    messages = [system, user(QUESTIONS[0]), assistant("I think so."), user(QUESTIONS[1])]
     with pytest.raises(KeyboardInterrupt):
         say(messages, prefix_store=store, prefill_step_size=32, progress=interrupt(64))
     again = say(messages, prefix_store=store, prefill_step_size=32)
-    assert again.cached == max(start for start in starts(again.prompt) if start <= 64) > 32
+    assert 32 < again.cached == starts(again.prompt)[1] < 64
     assert written([again]) == written([say(messages)])
 
 
@@ -434,7 +459,7 @@ def test_interrupted_in_a_long_prompt_without_messages(tiny: Qwen) -> None:
 
 def test_a_prompt_cache_goes_on() -> None:
     """Interrupted between chunks, broken off, and to the end: it knows the tokens that it holds."""
-    known, ids = PromptCache([], MODEL.make_cache()), TOKENIZER.encode(TALE)
+    known, ids = PromptCache([], MODEL.make_cache(), MODEL), TOKENIZER.encode(TALE)
     with pytest.raises(KeyboardInterrupt):
         say(ids, prompt_cache=known, prefill_step_size=8, progress=interrupt(16))
     assert (known.tokens, known.cache.offset) == (ids[:16], 16)
@@ -448,8 +473,59 @@ def test_a_prompt_cache_goes_on() -> None:
     assert written([second]) == written([say(asked)])
 
 
+@pytest.mark.parametrize(
+    ("layer", "least"),
+    [
+        pytest.param(3, 0, id="in_the_first_chunk"),
+        pytest.param(6 + 3, 16, id="in_another_chunk"),
+        pytest.param(3 * 6 + 3, 40, id="in_the_first_step"),
+        pytest.param(6 * 6 + 5, 41, id="in_a_later_step"),
+    ],
+)
+def test_interrupted_between_two_layers(layer: int, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of them have taken tokens in then, and others not; what goes on is as if none had."""
+    known, store, ids = PromptCache([], MODEL.make_cache(), MODEL), PrefixStore(MODEL), TOKENIZER.encode(TALE)
+    mixer, passed = GatedDeltaNet.__call__, iter(range(1, 999))
+
+    def interrupted(*arguments: Any) -> mx.array:
+        if next(passed) == layer:
+            raise KeyboardInterrupt
+        return mixer(*arguments)
+
+    assert len(ids) == 40
+    monkeypatch.setattr(GatedDeltaNet, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        say(ids, prompt_cache=known, prefix_store=store, prefill_step_size=16)
+    monkeypatch.undo()
+    assert known.cache.offset == len(known.tokens) >= least
+    assert known.tokens[:40] == ids[: len(known.tokens)]
+    asked = [*ids, *known.tokens[40:], *TOKENIZER.encode(" and then")]
+    cold = next(stream_generate(MODEL, TOKENIZER, asked, temperature=0.0))
+    for options in ({"prompt_cache": known}, {"prefix_store": store}):
+        warm = next(stream_generate(MODEL, TOKENIZER, asked, temperature=0.0, **options))
+        assert mx.abs(warm.logprobs - cold.logprobs).max() < 5e-4
+
+
+def test_interrupted_between_a_step_and_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the cache has taken in and nobody has heard is taken back."""
+    known, ids = PromptCache([], MODEL.make_cache(), MODEL), TOKENIZER.encode(TALE)
+    draw, drawn = Sampler.__call__, iter(range(1, 99))
+
+    def interrupted(*arguments: Any) -> mx.array:
+        if next(drawn) == 4:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    monkeypatch.setattr(Sampler, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        say(ids, prompt_cache=known, speculate="off")
+    monkeypatch.undo()
+    assert known.tokens == [*ids, *say(ids, max_tokens=2).tokens]
+    assert known.cache.offset == len(known.tokens)
+
+
 def test_after_a_restart(tmp_path: Path) -> None:
-    known, store, path = PromptCache([], MODEL.make_cache()), PrefixStore(MODEL), tmp_path / "prompt.safetensors"
+    known, store, path = PromptCache([], MODEL.make_cache(), MODEL), PrefixStore(MODEL), tmp_path / "prompt.safetensors"
     warm = SCENARIOS["tool"](functools.partial(say, prompt_cache=known, prefix_store=store))
     call, _ = next(warm)
     assert known.tokens == call.all
@@ -463,7 +539,7 @@ def test_after_a_restart(tmp_path: Path) -> None:
 
 
 def test_a_store_fills_an_empty_prompt_cache() -> None:
-    store, known = PrefixStore(MODEL), PromptCache([], MODEL.make_cache())
+    store, known = PrefixStore(MODEL), PromptCache([], MODEL.make_cache(), MODEL)
     first = say(TALE, prefix_store=store, until=4)
     second = say([*first.all, *TOKENIZER.encode(" and")], prefix_store=store, prompt_cache=known)
     assert second.cached == len(first.all)
@@ -481,7 +557,7 @@ def test_a_store_fills_an_empty_prompt_cache() -> None:
     ],
 )
 def test_a_prompt_that_does_not_go_on_from_the_cache(tokens: list[int], why: str, tiny: Qwen) -> None:
-    known = PromptCache([1, 2, 3], tiny.make_cache())
+    known = PromptCache([1, 2, 3], tiny.make_cache(), tiny)
     mx.eval(tiny(mx.array([[1, 2, 3]]), known.cache))
     with pytest.raises(ValueError, match=why):
         Reuse(tiny, tokens, known)
@@ -490,12 +566,18 @@ def test_a_prompt_that_does_not_go_on_from_the_cache(tokens: list[int], why: str
 
 def test_a_prompt_cache_with_other_tokens_than_it_holds(tiny: Qwen) -> None:
     with pytest.raises(ValueError, match="The prompt cache holds 0 tokens, but 1 are given"):
-        Reuse(tiny, [1, 2], PromptCache([1], tiny.make_cache()))
+        Reuse(tiny, [1, 2], PromptCache([1], tiny.make_cache(), tiny))
+
+
+def test_a_prompt_cache_of_another_model_of_the_same_form() -> None:
+    twin, _ = load("demo", dtype="float32")
+    with pytest.raises(ValueError, match="The prompt cache was made for another model; load or make it with this one"):
+        say(TALE, prompt_cache=PromptCache([], twin.make_cache(), twin))
 
 
 def test_a_prompt_cache_of_another_form(tiny: Qwen) -> None:
     with pytest.raises(ValueError, match="The prompt cache is of another model"):
-        Reuse(tiny, [1, 2], PromptCache([], tiny.make_cache()), kv_bits=8)
+        Reuse(tiny, [1, 2], PromptCache([], tiny.make_cache(), tiny), kv_bits=8)
 
 
 def test_a_store_of_another_model_of_the_same_form() -> None:
@@ -505,7 +587,7 @@ def test_a_store_of_another_model_of_the_same_form() -> None:
 
 
 def test_a_store_of_another_number_of_bits_is_refused_before_anything_is_read(tiny: Qwen) -> None:
-    store, known = PrefixStore(tiny), PromptCache([1, 2, 3], tiny.make_cache(kv_bits=8))
+    store, known = PrefixStore(tiny), PromptCache([1, 2, 3], tiny.make_cache(kv_bits=8), tiny)
     mx.eval(Reuse(tiny, [1, 2], store=store).read(tiny, TOKENIZER, step_size=8))
     mx.eval(tiny(mx.array([[1, 2, 3]]), known.cache))
     with pytest.raises(ValueError, match="The prefix store is of another model: its layer 3 holds KVCache"):
