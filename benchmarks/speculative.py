@@ -19,7 +19,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,11 @@ DATA = Path(__file__).parent / "data"
 OF_PLAIN, OF_BEST, WHOLE_TEXT = 0.98, 0.95, 256
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--replays-only", action="store_true", help="measure nothing")
     parser.add_argument("--rounds", type=int, default=5, help="pairs of each prompt")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     report = {"replays": replays()}
     if not args.replays_only:
         report["measured"] = measured(args.rounds)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen_mlx.cache.prefix import PrefixStore
+    from qwen_mlx.conversation import Chat
     from qwen_mlx.decoding.prompt_file import load_prompt_cache, save_prompt_cache
     from qwen_mlx.decoding.reuse import PromptCache
     from qwen_mlx.decoding.sampling import SamplingParams
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Chat",
     "GenerationResponse",
     "PrefixStore",
     "PromptCache",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Chat": "qwen_mlx.conversation",
     "GenerationResponse": "qwen_mlx.generate",
     "PrefixStore": "qwen_mlx.cache.prefix",
     "PromptCache": "qwen_mlx.decoding.reuse",

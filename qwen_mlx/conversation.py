@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from qwen_mlx.cache.prefix import PrefixStore
@@ -18,7 +19,11 @@ from qwen_mlx.chat.loops import repeats
 from qwen_mlx.chat.reply import Part, ReplySplitter, Thinking, leaves_thinking_open
 from qwen_mlx.chat.template import render
 from qwen_mlx.chat.tools import ToolCall, schema_of, to_openai
+from qwen_mlx.decoding.prefill import prefill
+from qwen_mlx.decoding.prompt_file import load_prompt_cache, save_prompt_cache
+from qwen_mlx.decoding.reuse import PromptCache
 from qwen_mlx.decoding.sampling import SamplingParams
+from qwen_mlx.errors import PromptCacheError
 from qwen_mlx.generate import GenerationResponse, stream_generate
 from qwen_mlx.model.qwen import Qwen
 from qwen_mlx.tokenizer import Tokenizer
@@ -150,11 +155,43 @@ class Chat:
         del self.messages[place:]
         return text
 
+    def save(self, path: str | Path) -> None:
+        """Write the messages and what is computed of them to a prompt file, for `load` to go on from.
+
+        Raises PromptError where nothing was said; other errors as `save_prompt_cache` has them.
+        """
+        # As the next prompt will begin: a template writes answers differently once another message follows.
+        tokens = self.tokenizer.encode(self._rendered([*self.messages, {"role": "user", "content": ""}]))
+        cache = self.model.make_cache(kv_bits=self.options.get("kv_bits"))
+        if not self.options["prefix_store"].restore(tokens, cache).cached:
+            prefill(self.model, tokens[:1], cache, step_size=1)  # a file holds something
+        note = json.dumps({"messages": self.messages}, ensure_ascii=False)
+        known = PromptCache(tokens[: cache.offset], cache, self.model, note)
+        save_prompt_cache(path, known, self.model, self.tokenizer)
+
+    def load(self, path: str | Path) -> None:
+        """Be the conversation that `save` wrote; what was computed of it is not computed again.
+
+        Raises PromptCacheError for a file that holds none, and as `load_prompt_cache` has it.
+        """
+        known = load_prompt_cache(path, self.model, self.tokenizer, kv_bits=self.options.get("kv_bits"))
+        try:
+            self.messages = json.loads(known.note)["messages"]
+        except (ValueError, KeyError):
+            raise PromptCacheError(
+                f"{path} holds a prompt, and no conversation; take a file that chat wrote."
+            ) from None
+        known.cache.checkpoint()
+        self.options["prefix_store"].add(known.tokens, known.cache)
+
     def prompt(self) -> str:
         """What the model reads for its next answer."""
+        return self._rendered(self.messages)
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> str:
         return render(
             self.tokenizer.chat_template,
-            self.messages,
+            messages,
             tools=[tool.schema for tool in self._tools.values()] or None,
             thinking=self.thinking,
             special_tokens=self.tokenizer.special_tokens,
@@ -224,6 +261,6 @@ class Chat:
             return "Error: the user does not allow this call."
         try:
             result = tool.run(**call.arguments)
-        except Exception as error:  # whatever a tool raises, the model is told of it
+            return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+        except Exception as error:  # whatever a tool raises or gives back, the model is told of it
             return f"Error: {type(error).__name__}: {error}"
-        return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)

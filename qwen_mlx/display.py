@@ -3,6 +3,7 @@
 Where stdout is no terminal, content goes there as it stands, and everything else to stderr.
 """
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +19,8 @@ from qwen_mlx.conversation import Cut, Event, ToolResult
 
 THOUGHT_LINES = 6
 """Of a thought while it goes on, the last so many lines are shown."""
-FENCES = ("```", "~~~")
+FENCE = re.compile(r"\s*(`{3,}(?=[^`]*$)|~{3,})(.*)", re.DOTALL)
+"""A line that begins or ends a block of code: the marks, and what stands behind them."""
 
 
 class Display:
@@ -137,11 +139,13 @@ def _complete_blocks(text: str) -> tuple[str, str]:
     place = 0
     for line in text.splitlines(keepends=True):
         place += len(line)
-        start = line.strip()[:3]
+        found = FENCE.match(line)
         if fence:
-            fence = "" if start == fence else fence
-        elif start in FENCES:
-            fence = start
+            # It ends at marks of its own kind, as many or more, with nothing behind them (CommonMark 0.31, 4.5).
+            ends = found and found[1].startswith(fence) and not found[2].strip()
+            fence = "" if ends else fence
+        elif found:
+            fence = found[1]
         elif not line.strip() and line.endswith("\n"):
             done = place
     return text[:done], text[done:]

@@ -48,9 +48,10 @@ answer, Ctrl-D leaves."""
 class Repl:
     """The commands, and the answers to what is none."""
 
-    def __init__(self, chat: Chat, display: Display) -> None:
-        self.chat, self.display = chat, display
-        self._stopped = False
+    def __init__(self, chat: Chat, display: Display, *, verbose: bool = False) -> None:
+        self.chat, self.display, self._verbose = chat, display, verbose
+        self.stopped = False
+        """Whether Ctrl-C ended the last answer."""
         self._commands: dict[str, Callable[[str], None]] = {
             name.removeprefix("do_"): action for name, action in inspect.getmembers(self, inspect.ismethod)
             if name.startswith("do_")
@@ -58,6 +59,7 @@ class Repl:
 
     def handle(self, text: str) -> None:
         """A message, or a command; what is wrong with it is said, and nothing else changes."""
+        before = list(self.chat.messages)
         try:
             if not text.startswith("/"):
                 self.say(text)
@@ -68,24 +70,27 @@ class Repl:
                 return
             self._commands[name](rest.strip())
         except (QwenMLXError, ValueError, OSError) as error:
+            self.chat.messages = before
             self.display.note(str(error))
 
     def say(self, text: str) -> None:
-        self._stopped = False
+        self.stopped = False
         with self._stopping(), Progress("Prompt") as progress, closing(self.chat.send(text)) as events:
             self.chat.options["progress"] = progress.update
-            self.display.answer(events, lambda: self._stopped)
+            self.display.answer(events, lambda: self.stopped)
         if self.chat.last:
-            self.display.note(("Stopped. " if self._stopped else "") + closing_line(self.chat.last))
+            self.display.note(("Stopped. " if self.stopped else "") + closing_line(self.chat.last))
+            if self._verbose and self.chat.last.reuse:
+                self.display.note(self.chat.last.reuse)
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
         """Ctrl-C is answered between two tokens, where all can be kept; a second one breaks off at once."""
 
         def stop(number: int, frame: FrameType | None) -> None:
-            if self._stopped:
+            if self.stopped:
                 raise KeyboardInterrupt
-            self._stopped = True
+            self.stopped = True
 
         before = signal.signal(signal.SIGINT, stop)
         try:
@@ -124,25 +129,31 @@ class Repl:
         self.display.note(self.display.thought or "There was no thought.")
 
     def do_tokens(self, rest: str) -> None:
-        count = len(self.chat.tokenizer.encode(self.chat.prompt())) if self.chat.messages else 0
+        count = len(self.chat.tokenizer.encode(self.chat.prompt())) if self.spoken else 0
         kept = self.chat.options["prefix_store"].nbytes
         room = self.chat.model.config.text.context_length
         self.display.note(
             f"{count:,} of {room:,} tokens; {kept / 1e6:,.0f} MB are kept so as not to compute them again"
         )
 
+    @property
+    def spoken(self) -> bool:
+        """Whether the user has said anything: templates refuse a prompt without."""
+        return any(m["role"] == "user" for m in self.chat.messages)
+
     def do_save(self, rest: str) -> None:
         if not rest:
             raise ValueError("Write the name of a file behind /save.")
         path = Path(rest)
         unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text(json.dumps({"messages": self.chat.messages}, ensure_ascii=False, indent=1) + "\n")
+        messages = json.dumps({"messages": self.chat.messages}, ensure_ascii=False, indent=1)
+        unfinished.write_text(messages + "\n", encoding="utf-8")
         unfinished.replace(path)
 
     def do_load(self, rest: str) -> None:
         try:
-            messages = json.loads(Path(rest).read_text())["messages"]
-            if not all(isinstance(m["role"], str) for m in messages):
+            messages = json.loads(Path(rest).read_text(encoding="utf-8"))["messages"]
+            if not isinstance(messages, list) or not all(isinstance(m["role"], str) for m in messages):
                 raise TypeError
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{rest} holds no conversation; take a file of /save.") from None
@@ -182,8 +193,12 @@ def tools_of(path: Path) -> list[Callable[..., Any]]:
 
 
 def ask(call: ToolCall) -> bool:
-    """y or n for one call of a tool."""
-    return input(f"Run {call.name}({json.dumps(call.arguments, ensure_ascii=False)})? [y/n] ").strip().lower() == "y"
+    """y or n for one call of a tool; Ctrl-D is no."""
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    try:
+        return input(f"Run {call.name}({arguments})? [y/n] ").strip().lower() == "y"
+    except EOFError:
+        return False
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -211,9 +226,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except ValueError as error:
         raise PromptError(str(error)) from None
-    repl = Repl(chat, Display(show_thinking=args.show_thinking))
+    if args.prompt_cache_file and Path(args.prompt_cache_file).exists():
+        chat.load(args.prompt_cache_file)
+    repl = Repl(chat, Display(show_thinking=args.show_thinking), verbose=args.verbose)
     if not interactive:
-        repl.say(read_prompt(None))
+        text = read_prompt(None)
+        if not text.strip():
+            raise PromptError("The prompt is empty; give at least one word.")
+        repl.say(text)
+        if args.prompt_cache_file:
+            chat.save(args.prompt_cache_file)
+        if repl.stopped:
+            raise KeyboardInterrupt
         return
     import readline  # noqa: F401  lines can be edited, and earlier ones come back
 
@@ -221,14 +245,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     while True:
         try:
             text = read_message()
+            if text.strip():
+                repl.handle(text)
         except EOFError:
             print()
+            if args.prompt_cache_file and repl.spoken:
+                chat.save(args.prompt_cache_file)
             return
         except KeyboardInterrupt:
             print()
-            continue
-        if text.strip():
-            repl.handle(text)
 
 
 _SAMPLING = (
@@ -262,5 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-bits", type=int, choices=(4, 8), help="bits of keys and values, in the full-attention layers only")
     add("--speculate", choices=MODES, default="auto", help="draft several tokens at once where that is faster")
     add("--num-draft-tokens", type=int, choices=DRAFTS, metavar="N", help="most drafts at a time (default: 4)")
+    add("--prompt-cache-file", help="go on from the conversation in this file, and keep it there when leaving")
+    add("--verbose", action="store_true", help="say after each answer what of the prompt was known")
     add("--force", action="store_true", help="try a prompt that memory, by the count of its bytes, has no room for")
     return parser

@@ -159,6 +159,7 @@ def test_no_text_speaks_of_where_it_was_written(path: str) -> None:
 
 
 PUBLIC = [
+    "Chat",
     "GenerationResponse",
     "PrefixStore",
     "PromptCache",

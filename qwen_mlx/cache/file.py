@@ -46,8 +46,11 @@ class Fingerprint:
     dtype: str
 
 
-def write_cache(path: str | Path, cache: SequenceCache, tokens: Sequence[int], fingerprint: Fingerprint) -> None:
-    """Write `cache` and its `tokens`, all that it holds in order, to `path`, which appears when it is complete.
+def write_cache(
+    path: str | Path, cache: SequenceCache, tokens: Sequence[int], fingerprint: Fingerprint, *, note: str = ""
+) -> None:
+    """Write `cache` and its `tokens`, all that it holds in order, to `path`, which appears when it is complete; with a
+    `note` of the caller's, for `read_note`.
 
     Until then, and after an error or Ctrl-C, a file that was there stays as it was.
 
@@ -63,7 +66,7 @@ def write_cache(path: str | Path, cache: SequenceCache, tokens: Sequence[int], f
         raise ValueError("A prompt file holds one sequence without padding; give each row of a batch its own cache.")
     arrays, room = _filled(cache)
     arrays["tokens"] = mx.array(list(tokens), mx.uint32)
-    about = {"form": cache.form, "room": room, "fingerprint": asdict(fingerprint)}
+    about = {"form": cache.form, "room": room, "fingerprint": asdict(fingerprint), "note": note}
     # The digest comes first, so that nothing which looks like it stands before it.
     _write(Path(path), {"sha256": NO_DIGEST, "format": FORMAT, "about": json.dumps(about)}, arrays)
 
@@ -97,6 +100,17 @@ def read_cache(path: str | Path, cache: SequenceCache, fingerprint: Fingerprint)
     found = np.array(arrays.pop("tokens")).tolist()
     _fill(cache, arrays, about["room"])
     return found
+
+
+def read_note(path: str | Path) -> str:
+    """The note of a file that `read_cache` has taken. Raises `PromptCacheError` for one that has changed since."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            header, _ = _verified_header(path, file)
+            return str(json.loads(header["__metadata__"]["about"])["note"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise PromptCacheError(_damaged(path)) from None
 
 
 def _names(place: int, layer: KVCache | RecurrentCache) -> list[str]:

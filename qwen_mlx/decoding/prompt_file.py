@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from qwen_mlx.cache.file import Fingerprint, read_cache, write_cache
+from qwen_mlx.cache.file import Fingerprint, read_cache, read_note, write_cache
 from qwen_mlx.checkpoint import GAINS, Header, read_header, weight_files
 from qwen_mlx.decoding.reuse import PromptCache
 from qwen_mlx.errors import CheckpointError
@@ -27,7 +27,7 @@ def save_prompt_cache(path: str | Path, prompt: PromptCache, model: Qwen, tokeni
     """
     if prompt.model is not model:
         raise ValueError("The prompt cache was made for another model, and a file tells whose it is: pass that model.")
-    write_cache(path, prompt.cache, prompt.tokens, fingerprint(model, tokenizer))
+    write_cache(path, prompt.cache, prompt.tokens, fingerprint(model, tokenizer), note=prompt.note)
 
 
 def load_prompt_cache(
@@ -39,7 +39,8 @@ def load_prompt_cache(
     tokenizer, template or number of bits; other errors as `fingerprint` has them.
     """
     cache = model.make_cache(kv_bits=kv_bits)
-    return PromptCache(read_cache(path, cache, fingerprint(model, tokenizer)), cache, model)
+    tokens = read_cache(path, cache, fingerprint(model, tokenizer))
+    return PromptCache(tokens, cache, model, read_note(path))
 
 
 def fingerprint(model: Qwen, tokenizer: Tokenizer) -> Fingerprint:

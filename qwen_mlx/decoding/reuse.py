@@ -36,6 +36,7 @@ class PromptCache:
     tokens: list[int]
     cache: SequenceCache
     model: Qwen
+    note: str = ""  # goes into its file, and comes back
 
 
 class Reuse:

@@ -236,7 +236,7 @@ def test_the_file_of_costs_is_what_its_script_makes() -> None:
 
 def test_the_benchmark_ends_in_one_json_line_and_status_0(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        speculative.main()
+        speculative.main(["--replays-only"])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])["replays"]
     assert (ended.value.code, report["broken"], report["lines"]) == (0, 0, len(ROWS) * len(TRACES))
 
@@ -244,5 +244,5 @@ def test_the_benchmark_ends_in_one_json_line_and_status_0(capsys: pytest.Capture
 def test_a_broken_promise_ends_the_benchmark_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculative, "OF_PLAIN", 1.5)
     with pytest.raises(SystemExit) as ended:
-        speculative.main()
+        speculative.main(["--replays-only"])
     assert ended.value.code == 1

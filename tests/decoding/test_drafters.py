@@ -1,6 +1,8 @@
 """Drafts: of the head those of transformers, from the state of the text alone; of n-grams those of a plain search."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
 from qwen_mlx.decoding.drafters import NGRAMS, WAITING, MTPDrafter, NGramDrafter
 from qwen_mlx.decoding.prefill import prefill
@@ -216,3 +219,65 @@ def test_tokens_do_not_pile_up_where_no_drafts_are_asked_for() -> None:
         drafter.take(None, mx.array([token], mx.uint32))
     assert len(drafter._waiting) <= WAITING
     assert drafter.draft(sampler_of(), 4)[0].tolist() == text[:4]
+
+
+DRAWN = SamplingParams(
+    temperature=4.0,
+    top_p=0.97,
+    repetition_penalty=1.5,
+    presence_penalty=0.6,
+    frequency_penalty=1.5,
+    logit_bias={token: -1e4 for token in range(4, REAL)},
+)
+DRAWN_PROMPT, LENGTH, COUNT = [3, 0, 7, 1, 3], 3, 1500
+
+
+def chance_of(logits: mx.array, reply: Sequence[int]) -> np.ndarray:
+    """p [V] float64 of the token behind `reply`, from logits [1, T, V]."""
+    return probabilities(np.array(logits[0, -1]), DRAWN, DRAWN_PROMPT, list(reply))
+
+
+def chances(model: Qwen, reply: tuple[int, ...] = ()) -> dict[tuple[int, ...], float]:
+    """The probability of every reply of LENGTH tokens that begins with `reply`, given that it does: float64."""
+    if len(reply) == LENGTH:
+        return {reply: 1.0}
+    p = chance_of(model(mx.array([[*DRAWN_PROMPT, *reply]])), reply)
+    return {
+        whole: p[token] * chance
+        for token in np.flatnonzero(p).tolist()
+        for whole, chance in chances(model, (*reply, token)).items()
+    }
+
+
+def share_that_stands(model: Qwen, head: MTPHead) -> float:
+    """Of first drafts: the mean of sum min(p, q) over the tokens before them (arXiv 2211.17192, theorem 3.5)."""
+    hidden, share = hidden_states(model, DRAWN_PROMPT), 0.0
+    for token, chance in enumerate(chance_of(model(mx.array([DRAWN_PROMPT])), [])[:REAL]):
+        text = [*DRAWN_PROMPT, token]
+        y = head(hidden, model.embed(mx.array([text[1:]])), head.make_cache())
+        p, q = chance_of(model(mx.array([text])), [token]), chance_of(model.logits(y), [token])
+        share += chance * np.minimum(p, q).sum()
+    return share
+
+
+def test_replies_with_drafts_have_the_distribution_of_plain_ones(model_of: ModelOf, head_of: HeadOf) -> None:
+    model, head, prompt = model_of("f-k32-v64", "float32"), head_of("f-k32-v64"), []
+    sequence = model.make_cache()
+    logits = prefill(model, DRAWN_PROMPT, sequence, step_size=64, seen=lambda *slots: prompt.append(slots))
+    start, observed, rounds = sequence.snapshot(), Counter[tuple[int, ...]](), Counter[tuple[int, int]]()
+    for seed in range(COUNT):
+        sequence.restore(start)
+        params = replace(DRAWN, seed=seed)
+        sampler = sampler_of(params, DRAWN_PROMPT, REAL)
+        drafting = Drafting(MTPDrafter(model, head), Turns(2), head)
+        drafting.drafter.take(*prompt[0])
+        said = decode_with_drafts(model, logits, sequence, sampler, count=LENGTH, drafting=drafting)
+        observed[tuple(token for token, _, _ in said)] += 1
+        rounds.update(drafting.lengths.seen)
+    expected = chances(model)
+    assert observed.keys() <= expected.keys()
+    assert abs(1 - rounds[2, 0] / COUNT - share_that_stands(model, head)) < 4 * 0.5 / COUNT**0.5
+    table = np.array([(observed[reply], COUNT * chance) for reply, chance in expected.items()])
+    rare = table[:, 1] < 5
+    table = np.vstack([table[~rare], table[rare].sum(0)])
+    assert chisquare(*table[table[:, 1] > 0].T).pvalue > 0.01

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from scipy.stats import chisquare
 
 from qwen_mlx import load
 from qwen_mlx.cache.sequence import SequenceCache
@@ -26,7 +24,6 @@ from qwen_mlx.load_mtp import load_mtp
 from qwen_mlx.model.mtp import MTPHead
 from qwen_mlx.model.qwen import Qwen
 from tests.cache.test_sequence import contents
-from tests.decoding.test_sampling import REAL, probabilities
 from tests.golden.checkpoints import ORDINARY_IDS, VARIANTS, VOCAB_SIZE
 from tests.golden.compare import TOLERANCE
 from tests.golden.compare import load as load_golden
@@ -253,47 +250,42 @@ def test_what_was_freed_is_not_hoarded(k: int, model_of: ModelOf, monkeypatch: p
     assert [offset // 256 for offset in cleared] == [1, 2]
 
 
-DRAWN = SamplingParams(
-    temperature=4.0,
-    top_p=0.97,
-    repetition_penalty=1.5,
-    presence_penalty=0.6,
-    frequency_penalty=1.5,
-    logit_bias={token: -1e4 for token in range(4, REAL)},
+@pytest.mark.parametrize("n", range(1, 9))
+def test_closed_between_two_tokens_the_cache_holds_what_was_said(n: int, model_of: ModelOf) -> None:
+    """Rounds say 1 token and 2 drafts of 4, then without a draft 1, and so on."""
+    model, prompt = model_of("f-k32-v64", "float32"), [5, 6, 7]
+    expected, sequence = tokens_of(plain(model, prompt, 20)), model.make_cache()
+    logits, drafting = prefill(model, prompt, sequence, step_size=64), Drafting(Oracle(expected, 2), Turns(4, 0))
+    said = decode_with_drafts(model, logits, sequence, sampler_of(model, prompt, GREEDY), count=20, drafting=drafting)
+    assert [next(said)[0] for _ in range(n)] == expected[:n]
+    said.close()
+    assert sequence.offset == len(prompt) + n
+    following, _ = model.step(mx.array([expected[n : n + 1]]), sequence)
+    assert mx.argmax(following).item() == expected[n + 1]
+
+
+class Searched(Oracle):
+    """Has wrong drafts at one place, and nothing at any other; remembers where it was asked."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__([9] * 999, 0)
+        self.place, self.asked = place, []
+
+    def draft(self, sampler: Sampler, count: int) -> Drafts:
+        self.asked.append(self._said - 1)
+        self._most = 99 if self.asked[-1] == self.place else 0
+        return super().draft(sampler, count)
+
+
+@pytest.mark.parametrize(
+    ("place", "asked"), [(999, [0, 3, 8, 17, 34, 67, 100, 133]), (8, [0, 3, 8, 9, 12, 17, 26, 43, 76, 109, 142])]
 )
-DRAWN_PROMPT, LENGTH, COUNT = [3, 0, 7, 1, 3], 3, 1500
-
-
-def chances(model: Qwen, reply: tuple[int, ...] = ()) -> dict[tuple[int, ...], float]:
-    """The probability of every reply of LENGTH tokens that begins with `reply`, given that it does: float64."""
-    if len(reply) == LENGTH:
-        return {reply: 1.0}
-    p = probabilities(np.array(model(mx.array([[*DRAWN_PROMPT, *reply]]))[0, -1]), DRAWN, DRAWN_PROMPT, list(reply))
-    return {
-        whole: p[token] * chance
-        for token in np.flatnonzero(p).tolist()
-        for whole, chance in chances(model, (*reply, token)).items()
-    }
-
-
-def test_replies_with_drafts_have_the_distribution_of_plain_ones(model_of: ModelOf, head_of: HeadOf) -> None:
-    model, head, prompt = model_of("f-k32-v64", "float32"), head_of("f-k32-v64"), []
+def test_drafts_are_looked_for_seldom_where_none_are_found(place: int, asked: list[int], model_of: ModelOf) -> None:
+    """Again after 2, 4, 8, 16, and at last always 32 tokens, and from the beginning where some were found."""
+    model, drafter, lengths = model_of("f-k32-v64", "float32"), Searched(place), Turns(1)
     sequence = model.make_cache()
-    logits = prefill(model, DRAWN_PROMPT, sequence, step_size=64, seen=lambda *slots: prompt.append(slots))
-    start, observed, rounds = sequence.snapshot(), Counter[tuple[int, ...]](), Counter[tuple[int, int]]()
-    for seed in range(COUNT):
-        sequence.restore(start)
-        params = replace(DRAWN, seed=seed)
-        sampler = Sampler(params, DRAWN_PROMPT, vocab_size=VOCAB_SIZE, num_real_tokens=REAL)
-        drafting = Drafting(MTPDrafter(model, head), Turns(2), head)
-        drafting.drafter.take(*prompt[0])
-        said = decode_with_drafts(model, logits, sequence, sampler, count=LENGTH, drafting=drafting)
-        observed[tuple(token for token, _, _ in said)] += 1
-        rounds.update(drafting.lengths.seen)
-    expected = chances(model)
-    assert observed.keys() <= expected.keys()
-    assert min(rounds[2, accepted] for accepted in range(3)) > COUNT / 20
-    table = np.array([(observed[reply], COUNT * chance) for reply, chance in expected.items()])
-    rare = table[:, 1] < 5
-    table = np.vstack([table[~rare], table[rare].sum(0)])
-    assert chisquare(*table[table[:, 1] > 0].T).pvalue > 0.01
+    logits = prefill(model, [5], sequence, step_size=64)
+    sampler, drafting = sampler_of(model, [5], GREEDY), Drafting(drafter, lengths)
+    assert len([*decode_with_drafts(model, logits, sequence, sampler, count=150, drafting=drafting)]) == 150
+    assert drafter.asked == asked
+    assert [seen for seen in lengths.seen if seen != (0, 0)] == [(1, 0)] * (place < 150)
