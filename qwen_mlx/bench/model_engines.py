@@ -54,7 +54,8 @@ class Ours:
         with device_limits():
             logits = prefill(self.model, prompt, cache, step_size=STEP_SIZES[0])
             # mlx-lm begins a step beyond the last token as well.
-            yield from islice(decode(self.model, logits, cache, sampler, count=count + 1), count)
+            decoded = decode(self.model, logits, cache, sampler, count=count + 1)
+            yield from ((token, row) for token, row, _ in islice(decoded, count))
 
     def synchronize(self) -> None:
         mx.synchronize()

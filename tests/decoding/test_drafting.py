@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import pytest
 
 from qwen_mlx import PrefixStore, PromptCache, SamplingParams, generate, load, stream_generate
 from qwen_mlx.decoding import drafting as module
-from qwen_mlx.decoding.drafters import Drafts, MTPDrafter, NGramDrafter
+from qwen_mlx.decoding import speculative
+from qwen_mlx.decoding.drafters import MTPDrafter, NGramDrafter
 from qwen_mlx.decoding.drafting import MOST, SETTLED, Fixed, Learning, Measured, drafting, known_of
 from qwen_mlx.decoding.prefill import prefill
 from qwen_mlx.decoding.sampling import Sampler
@@ -22,6 +23,7 @@ from qwen_mlx.errors import CheckpointError
 from qwen_mlx.generate import GenerationResponse
 from qwen_mlx.load import load_model
 from qwen_mlx.model.qwen import Qwen
+from tests.decoding.test_speculative import Oracle
 from tests.golden.checkpoints import build
 from tests.golden.compare import TOLERANCE
 
@@ -143,9 +145,7 @@ def test_costs_are_a_line_through_the_medians() -> None:
 
 @pytest.mark.parametrize(("seconds", "accepted", "drafts"), [((1, 1.1, 1.2), 2, True), ((1, 2.2, 3.4), 0, False)])
 def test_what_was_measured_decides(seconds: tuple[float, ...], accepted: int, drafts: bool) -> None:
-    lengths = Learning(Measured(), 2)
-    rounds(lengths, 10, accepted=accepted, seconds=seconds)
-    assert (2 in rounds(lengths, 10, accepted=accepted, seconds=seconds)) == drafts
+    assert (2 in rounds(Learning(Measured(), 2), 20, accepted=accepted, seconds=seconds)[10:]) == drafts
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 15])
@@ -174,21 +174,12 @@ def test_before_m3_nothing_is_tried_in_a_text_that_is_not_long(
     assert chosen.index(1) == max(settled + 3, 4)
 
 
-class Nothing:
-    """A drafter that never has a draft."""
-
-    def take(self, hidden: mx.array | None, tokens: mx.array) -> None: ...
-
-    def draft(self, sampler: Sampler, count: int) -> Drafts:
-        return mx.array([], mx.uint32), None
-
-
 @pytest.mark.parametrize(("count", "plain"), [(1, 0), (2, 1), (3, 2), (30, 4)])
 def test_only_whole_rounds_are_measured(count: int, plain: int, model_of: ModelOf) -> None:
     """The last token takes no step, and a round for which there is no draft is none with drafts."""
     model, measured = model_of("f-k32-v64", "float32"), Measured()
     sequence, sampler = model.make_cache(), Sampler(GREEDY, [5], vocab_size=384, num_real_tokens=384)
-    logits, made = prefill(model, [5], sequence, step_size=8), Drafting(Nothing(), Learning(measured, 4))
+    logits, made = prefill(model, [5], sequence, step_size=8), Drafting(Oracle([], 0), Learning(measured, 4))
     assert len(list(decode_with_drafts(model, logits, sequence, sampler, count=count, drafting=made))) == count
     assert [len(seconds) for seconds in measured._seconds.values()] == [plain, 0, 0]
 
@@ -249,7 +240,7 @@ def broken_off(mode: str, n: int, **options: Any) -> tuple[list[int], PromptCach
     """A text whose consumer takes n tokens: these, and what is kept of it."""
     known, store = PromptCache([], MODEL.make_cache(), MODEL), PrefixStore(MODEL)
     stream = stream_generate(
-        MODEL, TOKENIZER, TALE, temperature=0.0, speculate=mode, prompt_cache=known, prefix_store=store, **options
+        MODEL, TOKENIZER, TALE, temperature=0, speculate=mode, prompt_cache=known, prefix_store=store, **options
     )
     tokens = [response.token for response in islice(stream, n)]
     stream.close()  # type: ignore[attr-defined]
@@ -274,6 +265,22 @@ def test_a_text_that_ends_leaves_no_more_than_itself(n: int) -> None:
     assert known.tokens == [*TALE, *tokens][: known.cache.offset]
     assert len(TALE) + n - 1 <= known.cache.offset <= len(TALE) + n
     next_turn_is_a_cold_one(known, store, known.cache.offset)
+
+
+@pytest.mark.usefixtures("four")
+def test_interrupted_among_drafts_nothing_is_kept_that_was_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_rounds() -> Iterator[None]:
+        yield from (None, None)
+        raise KeyboardInterrupt
+
+    accept, rounds = speculative.accept, two_rounds()
+    monkeypatch.setattr(speculative, "accept", lambda *given, **more: (next(rounds), accept(*given, **more))[1])
+    known = PromptCache([], MODEL.make_cache(), MODEL)
+    with pytest.raises(KeyboardInterrupt):
+        responses("mtp", prompt_cache=known)
+    monkeypatch.setattr(speculative, "accept", accept)
+    assert known.cache.offset == len(known.tokens) > len(TALE)
+    next_turn_is_a_cold_one(known, PrefixStore(MODEL), 0)
 
 
 def next_turn_is_a_cold_one(known: PromptCache, store: PrefixStore, kept: int) -> None:

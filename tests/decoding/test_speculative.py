@@ -288,4 +288,6 @@ def test_drafts_are_looked_for_seldom_where_none_are_found(place: int, asked: li
     sampler, drafting = sampler_of(model, [5], GREEDY), Drafting(drafter, lengths)
     assert len([*decode_with_drafts(model, logits, sequence, sampler, count=150, drafting=drafting)]) == 150
     assert drafter.asked == asked
-    assert [seen for seen in lengths.seen if seen != (0, 0)] == [(1, 0)] * (place < 150)
+    # One plain round is told before each search: of the others some of the time is that of their neighbours.
+    found = [(1, 0)] * (place < 150)
+    assert sorted(lengths.seen) == [(0, 0)] * (len(asked) - 1 - len(found)) + found
