@@ -156,6 +156,9 @@ def stream_generate(
                 if finish and not met:
                     rest, met = stops.feed(detokenizer.finish())
                     text += rest + ("" if met else stops.flush())
+                if finish:  # before the last is told: whoever has it may go on from there
+                    decoded.close()
+                    reuse.keep()
                 yield GenerationResponse(
                     text=text,
                     token=token,

@@ -40,6 +40,7 @@ def drafting(
 
     A seed promises the same text again, but how many drafts a round takes follows from measured time, and with them the
     random numbers of each token: where text is drawn with a seed, "auto" is off, and the others take `most` always.
+    (The head has not seen what a prefix store spared: with one, the same seed may still give another text.)
 
     Raises ValueError for another mode, or a `most` that is none of DRAFTS; CheckpointError for "mtp" without a head, or
     with one that cannot be read, of which "auto" warns.

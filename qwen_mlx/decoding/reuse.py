@@ -111,17 +111,25 @@ class Reuse:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """What went into the cache and is none of the tokens is taken back. The store gets this place too, but after an
-        error or Ctrl-C, when nothing is to be computed any more."""
+        """After an error or Ctrl-C nothing is to be computed any more, and the store has the places up to then."""
+        self._settle()
+        if kind in (None, GeneratorExit):
+            self.keep()
+
+    def keep(self) -> None:
+        """The text has ended, between two tokens: the store gets this place too."""
+        self._settle()
+        if self._store is not None:
+            self.cache.checkpoint()
+            self._store.add(self.tokens[: self.cache.offset], self.cache)
+
+    def _settle(self) -> None:
+        """What went into the cache and is none of the tokens is taken back."""
         beyond = self.cache.offset - len(self.tokens)
         if beyond > 0 and self.cache.can_rewind(beyond):
             self.cache.rewind(beyond)
-        held = self.tokens[: self.cache.offset]
         if self._prompt_cache is not None:
-            self._prompt_cache.tokens[:] = held
-        if self._store is not None and kind in (None, GeneratorExit):
-            self.cache.checkpoint()
-            self._store.add(held, self.cache)
+            self._prompt_cache.tokens[:] = self.tokens[: self.cache.offset]
 
 
 def _check_beginning(tokens: list[int], known: PromptCache) -> None:
