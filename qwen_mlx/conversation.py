@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen_mlx.cache.file import read_note
 from qwen_mlx.cache.prefix import PrefixStore
 from qwen_mlx.chat.loops import repeats
 from qwen_mlx.chat.reply import Part, ReplySplitter, Thinking, leaves_thinking_open
@@ -166,8 +167,8 @@ class Chat:
         if not self.options["prefix_store"].restore(tokens, cache).cached:
             prefill(self.model, tokens[:1], cache, step_size=1)  # a file holds something
         note = json.dumps({"messages": self.messages}, ensure_ascii=False)
-        known = PromptCache(tokens[: cache.offset], cache, self.model, note)
-        save_prompt_cache(path, known, self.model, self.tokenizer)
+        known = PromptCache(tokens[: cache.offset], cache, self.model)
+        save_prompt_cache(path, known, self.model, self.tokenizer, note=note)
 
     def load(self, path: str | Path) -> None:
         """Be the conversation that `save` wrote; what was computed of it is not computed again.
@@ -176,7 +177,7 @@ class Chat:
         """
         known = load_prompt_cache(path, self.model, self.tokenizer, kv_bits=self.options.get("kv_bits"))
         try:
-            self.messages = json.loads(known.note)["messages"]
+            self.messages = json.loads(read_note(path))["messages"]
         except (ValueError, KeyError):
             raise PromptCacheError(
                 f"{path} holds a prompt, and no conversation; take a file that chat wrote."
@@ -188,11 +189,15 @@ class Chat:
         """What the model reads for its next answer."""
         return self._rendered(self.messages)
 
+    @property
+    def _schemas(self) -> list[Mapping[str, Any]]:
+        return [tool.schema for tool in self._tools.values()]
+
     def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> str:
         return render(
             self.tokenizer.chat_template,
             messages,
-            tools=[tool.schema for tool in self._tools.values()] or None,
+            tools=self._schemas or None,
             thinking=self.thinking,
             special_tokens=self.tokenizer.special_tokens,
         )
@@ -200,12 +205,11 @@ class Chat:
     def _answer(self) -> Generator[Event, None, list[ToolCall]]:
         """One message of the assistant; returns the tools it calls."""
         prompt, answer = self.prompt(), _Answer()
-        splitter = ReplySplitter(
-            thinking=leaves_thinking_open(prompt), tools=[tool.schema for tool in self._tools.values()]
-        )
+        thinks = leaves_thinking_open(prompt)
+        splitter = ReplySplitter(thinking=thinks, tools=self._schemas)
         ended = False
         try:
-            for text in self._written(self.tokenizer.encode(prompt), thinks=leaves_thinking_open(prompt)):
+            for text in self._written(self.tokenizer.encode(prompt), thinks=thinks):
                 if isinstance(text, Cut):
                     yield text
                     continue

@@ -210,11 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.prompt_cache_file is not None and args.system_prompt is not None:
         parser.error("--system-prompt stands before all else, in the prompt file: give it to qwen-mlx cache_prompt")
-    given = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
-    try:
-        SamplingParams(**given)
-    except ValueError as error:
-        parser.error(str(error))
+    given = sampling_of(parser, args)
     thinking = {"auto": None, "on": True, "off": False}[args.thinking]
     if args.raw and (args.system_prompt is not None or thinking is not None):
         parser.error("--system-prompt and --thinking belong to the chat template, which --raw leaves out")
@@ -251,10 +247,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _close(args, "".join(pieces), last, loaded)
 
 
-_SAMPLING = (
-    "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed stop".split()
-)
 _OPTIONS = "prefill_step_size kv_bits force speculate num_draft_tokens".split()
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The flags of sampling, which commands share."""
+    add = parser.add_argument
+    add("--max-tokens", "-m", type=int, help="longest answer in tokens (default: 512)")
+    add("--temp", dest="temperature", type=float, help="temperature; 0 is greedy (default: the checkpoint's)")
+    add("--top-p", type=float, help="sample from the likeliest tokens that hold this much of the mass")
+    add("--top-k", type=int, help="sample from this many of the likeliest tokens; 0: all")
+    add("--min-p", type=float, help="drop tokens less likely than this times the likeliest")
+    add("--repetition-penalty", type=float, help="above 1, tokens of prompt and answer become less likely")
+    add("--presence-penalty", type=float, help="subtracted once from every token of the answer")
+    add("--frequency-penalty", type=float, help="subtracted from a token each time it stands in the answer")
+    add("--seed", type=int, help="the same seed gives the same text")
+
+
+def sampling_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
+    """What `args` say of sampling, checked: what is out of range is the parser's error."""
+    names = [field.name for field in fields(SamplingParams)]
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    try:
+        SamplingParams(**given)
+    except ValueError as error:
+        parser.error(str(error))
+    return given
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -266,15 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--system-prompt", help="instructions that go before the prompt")
     add("--raw", action="store_true", help="continue the prompt as it stands, without the chat template")
     add("--thinking", choices=("auto", "on", "off"), default="auto", help="auto: as the checkpoint's template has it")
-    add("--max-tokens", "-m", type=int, help="longest answer in tokens (default: 512)")
-    add("--temp", dest="temperature", type=float, help="temperature; 0 is greedy (default: the checkpoint's)")
-    add("--top-p", type=float, help="sample from the likeliest tokens that hold this much of the mass")
-    add("--top-k", type=int, help="sample from this many of the likeliest tokens; 0: all")
-    add("--min-p", type=float, help="drop tokens less likely than this times the likeliest")
-    add("--repetition-penalty", type=float, help="above 1, tokens of prompt and answer become less likely")
-    add("--presence-penalty", type=float, help="subtracted once from every token of the answer")
-    add("--frequency-penalty", type=float, help="subtracted from a token each time it stands in the answer")
-    add("--seed", type=int, help="the same seed gives the same text")
+    add_sampling(parser)
     add("--stop", action="append", help="end before this text; may be given several times")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the activations")
     steps = ", ".join(map(str, STEP_SIZES))

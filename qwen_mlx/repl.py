@@ -17,14 +17,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from qwen_mlx.cache.quantized_kv import BITS
 from qwen_mlx.chat.tools import ToolCall
 from qwen_mlx.cli import Parser, Progress, positive, read_prompt
 from qwen_mlx.conversation import Chat
 from qwen_mlx.decoding.drafting import DRAFTS, MODES
-from qwen_mlx.decoding.sampling import SamplingParams
 from qwen_mlx.display import Display
 from qwen_mlx.errors import PromptError, QwenMLXError
-from qwen_mlx.generate import GenerationResponse
+from qwen_mlx.generate import GenerationResponse, add_sampling, sampling_of
 from qwen_mlx.hub import DEFAULT_MODEL
 from qwen_mlx.load import load
 
@@ -204,11 +204,7 @@ def ask(call: ToolCall) -> bool:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(arguments)
-    given = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
-    try:
-        SamplingParams(**given)
-    except ValueError as error:
-        parser.error(str(error))
+    given = sampling_of(parser, args)
     interactive = sys.stdin is not None and sys.stdin.isatty()
     model, tokenizer = load(args.model, revision=args.revision, dtype=args.dtype)
     try:
@@ -256,9 +252,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print()
 
 
-_SAMPLING = (
-    "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed".split()
-)
 _OPTIONS = "prefill_step_size kv_bits force speculate num_draft_tokens".split()
 
 
@@ -273,18 +266,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--show-thinking", action="store_true", help="in a pipe, thought goes to stdout too, not to stderr")
     add("--no-loop-guard", action="store_true", help="let a thought that goes in circles go on")
     add("--tools", help="Python file whose typed functions the model may call, each after asking")
-    add("--max-tokens", "-m", type=int, help="longest answer in tokens (default: 512)")
-    add("--temp", dest="temperature", type=float, help="temperature; 0 is greedy (default: the checkpoint's)")
-    add("--top-p", type=float, help="sample from the likeliest tokens that hold this much of the mass")
-    add("--top-k", type=int, help="sample from this many of the likeliest tokens; 0: all")
-    add("--min-p", type=float, help="drop tokens less likely than this times the likeliest")
-    add("--repetition-penalty", type=float, help="above 1, tokens of prompt and answer become less likely")
-    add("--presence-penalty", type=float, help="subtracted once from every token of the answer")
-    add("--frequency-penalty", type=float, help="subtracted from a token each time it stands in the answer")
-    add("--seed", type=int, help="the same seed gives the same text")
+    add_sampling(parser)
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the activations")
     add("--prefill-step-size", type=positive, help="tokens read at a time (default: as memory allows)")
-    add("--kv-bits", type=int, choices=(4, 8), help="bits of keys and values, in the full-attention layers only")
+    add("--kv-bits", type=int, choices=BITS, help="bits of keys and values, in the full-attention layers only")
     add("--speculate", choices=MODES, default="auto", help="draft several tokens at once where that is faster")
     add("--num-draft-tokens", type=int, choices=DRAFTS, metavar="N", help="most drafts at a time (default: 4)")
     add("--prompt-cache-file", help="go on from the conversation in this file, and keep it there when leaving")

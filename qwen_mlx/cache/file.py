@@ -59,8 +59,7 @@ def write_cache(
     """
     if not cache.offset:
         raise ValueError("The cache is empty: there is nothing to save before a prompt has gone through the model.")
-    if len(tokens) != cache.offset:
-        raise ValueError(f"The cache holds {cache.offset} tokens, but {len(tokens)} are given; pass all of them.")
+    cache.check_tokens(tokens)
     rows = {a.shape[0 if isinstance(layer, RecurrentCache) else 1] for layer in cache.layers for a in layer.arrays}
     if rows != {1} or cache.left_padding is not None:
         raise ValueError("A prompt file holds one sequence without padding; give each row of a batch its own cache.")

@@ -110,8 +110,7 @@ class PrefixStore:
         Raises ValueError, and changes nothing, for another number of tokens, several or padded rows, and a cache of
         another form than those kept.
         """
-        if len(tokens) != cache.offset:
-            raise ValueError(f"The cache holds {cache.offset} tokens, but {len(tokens)} are given; pass all of them.")
+        cache.check_tokens(tokens)
         self.check_form(cache)
         rows = {a.shape[0] for layer in cache.layers if isinstance(layer, RecurrentCache) for a in layer.arrays}
         if rows - {1} or cache.left_padding is not None:

@@ -191,6 +191,11 @@ class SequenceCache:
             layer.restore(state)
         self.left_padding, self.checkpoints = snapshot.left_padding, snapshot.checkpoints
 
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """ValueError where `tokens` are not as many as this cache has taken in."""
+        if len(tokens) != self.offset:
+            raise ValueError(f"The cache holds {self.offset} tokens, but {len(tokens)} are given; pass all of them.")
+
     def check_form(self, what: str, theirs: Sequence[str]) -> None:
         """ValueError where `theirs`, the form of that `what`, is not this cache's."""
         if len(self.form) != len(theirs):

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from qwen_mlx.cache.file import Fingerprint, read_cache, read_note, write_cache
+from qwen_mlx.cache.file import Fingerprint, read_cache, write_cache
 from qwen_mlx.checkpoint import GAINS, Header, read_header, weight_files
 from qwen_mlx.decoding.reuse import PromptCache
 from qwen_mlx.errors import CheckpointError
@@ -20,14 +20,16 @@ SAMPLE = 64  # bytes from the middle of a tensor
 SAMPLES = 4096  # tensors at most that are looked into
 
 
-def save_prompt_cache(path: str | Path, prompt: PromptCache, model: Qwen, tokenizer: Tokenizer) -> None:
-    """Write `prompt` to `path`, which appears when complete.
+def save_prompt_cache(
+    path: str | Path, prompt: PromptCache, model: Qwen, tokenizer: Tokenizer, *, note: str = ""
+) -> None:
+    """Write `prompt` to `path`, which appears when complete; `note` as `write_cache` has it.
 
     Raises ValueError for a prompt of another model; other errors as `write_cache` and `fingerprint` have them.
     """
     if prompt.model is not model:
         raise ValueError("The prompt cache was made for another model, and a file tells whose it is: pass that model.")
-    write_cache(path, prompt.cache, prompt.tokens, fingerprint(model, tokenizer), note=prompt.note)
+    write_cache(path, prompt.cache, prompt.tokens, fingerprint(model, tokenizer), note=note)
 
 
 def load_prompt_cache(
@@ -40,7 +42,7 @@ def load_prompt_cache(
     """
     cache = model.make_cache(kv_bits=kv_bits)
     tokens = read_cache(path, cache, fingerprint(model, tokenizer))
-    return PromptCache(tokens, cache, model, read_note(path))
+    return PromptCache(tokens, cache, model)
 
 
 def fingerprint(model: Qwen, tokenizer: Tokenizer) -> Fingerprint:

@@ -36,7 +36,6 @@ class PromptCache:
     tokens: list[int]
     cache: SequenceCache
     model: Qwen
-    note: str = ""  # goes into its file, and comes back
 
 
 class Reuse:
@@ -112,9 +111,10 @@ class Reuse:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """After an error or Ctrl-C nothing is to be computed any more, and the store has the places up to then."""
-        self._settle()
         if kind in (None, GeneratorExit):
             self.keep()
+        else:
+            self._settle()
 
     def keep(self) -> None:
         """The text has ended, between two tokens: the store gets this place too."""

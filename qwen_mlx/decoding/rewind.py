@@ -21,8 +21,7 @@ def rewind(model: Qwen, cache: SequenceCache, tokens: Sequence[int], n: int, *, 
     """
     if step_size < 1:
         raise ValueError(f"The prefill step_size must be at least 1 token, not {step_size!r}.")
-    if len(tokens) != cache.offset:
-        raise ValueError(f"The cache holds {cache.offset} tokens, but {len(tokens)} are given; pass all of them.")
+    cache.check_tokens(tokens)
     if cache.can_rewind(n):
         cache.rewind(n)
         return
