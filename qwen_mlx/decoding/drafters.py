@@ -46,14 +46,16 @@ class MTPDrafter:
         self._model, self._head, self._cache = model, head, head.make_cache()
         self._hidden: list[mx.array] = []
         self._tokens: list[mx.array] = []
+        self._waiting = 0  # tokens of all `_tokens`: to add them up at every token would take longer than the rest
         self._slots = 0  # those of the text; the cache may hold drafts behind them
 
     def take(self, hidden: mx.array | None, tokens: mx.array) -> None:
-        if sum(tokens.size for tokens in self._tokens) >= WAITING:  # not the new ones: a draft needs the last output
+        if self._waiting >= WAITING:  # not the new ones: a draft needs the last output
             self._advance()
             mx.async_eval(self._cache.arrays)
         self._hidden += [] if hidden is None else [hidden]
         self._tokens.append(tokens)
+        self._waiting += tokens.size
 
     def draft(self, sampler: Sampler, count: int) -> Drafts:
         y = self._advance()[:, -1:]
@@ -76,7 +78,7 @@ class MTPDrafter:
     def _advance(self) -> mx.array:
         """Take in what waits, but a last hidden state whose token is not known: the head's outputs [1, m, D]."""
         hidden, tokens = mx.concatenate(self._hidden, axis=1), mx.concatenate(self._tokens)
-        self._hidden, self._tokens = [hidden[:, tokens.size :]], []
+        self._hidden, self._tokens, self._waiting = [hidden[:, tokens.size :]], [], 0
         self._cache.offset = self._slots
         self._slots += tokens.size
         return self._head(hidden[:, : tokens.size], self._model.embed(tokens[None]), self._cache)
