@@ -227,8 +227,8 @@ def test_without_a_tokenizer_it_says_that_it_could_not_verify(tmp_path: Path) ->
 
 def test_bits_by_measurement_keep_to_the_target(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A measurement passes the text once for each matrix and form.
-    monkeypatch.setattr(forms, "BITS", (3, 5, 8))
-    monkeypatch.setattr(pipeline, "cut_windows", lambda tokens: cut_windows(tokens, 128))
+    monkeypatch.setattr(forms, "BITS", (3, 8))
+    monkeypatch.setattr(pipeline, "cut_windows", lambda tokens: cut_windows(tokens, 64))
     main(
         [
             "--hf-path",

@@ -78,14 +78,14 @@ def test_2000_tokens_through_the_compiled_step(
     assert more["bytes"] < 2**17
 
 
-def test_2000_tokens_with_drafts() -> None:
+def test_1200_tokens_with_drafts() -> None:
     """What a cache keeps to go back, a state of each layer, is there between some tokens and not between others. Drafts
     that were kept, with their logits or hidden states, would add thousands of arrays."""
     drafter, cache = MTPDrafter(DEMO, DEMO_HEAD), DEMO.make_cache()
     logits = prefill(DEMO, PROMPT, cache, step_size=8, seen=drafter.take)
     drafting = Drafting(drafter, Turns(2, 2, 2, 2, 1, 2, 2, 2, 0), DEMO_HEAD)
-    said = decode_with_drafts(DEMO, logits, cache, sampler_of(DEMO), count=2000, drafting=drafting)
-    more = growth(said, [*slabs_of(cache), drafter._cache], every=300)
+    said = decode_with_drafts(DEMO, logits, cache, sampler_of(DEMO), count=1200, drafting=drafting)
+    more = growth(said, [*slabs_of(cache), drafter._cache], every=120)
     assert more["arrays"] < 64
     assert more["objects"] < 200
     assert more["bytes"] < 2**21
