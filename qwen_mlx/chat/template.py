@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from qwen_mlx.errors import PromptError
 
 _NO_SPECIAL_TOKENS: Mapping[str, str] = {}
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 CUT = "\x00cut\x00"
 """Put into a message where the rendered prompt is to be cut in two."""
 
@@ -35,9 +36,11 @@ def render(
     """The prompt for `messages`, with the filters and functions that `transformers` gives to a chat template.
 
     `thinking` None leaves the choice to the template: Qwen3.5's sizes differ in their default. Tool calls may carry
-    their arguments as JSON text, as OpenAI's do; the template sees objects. The template comes from a download and runs
-    in Jinja's sandbox. Raises PromptError if there is no template, if it is broken, if it refuses the messages, or if
-    one of them lacks its role or content (an assistant may have none); ValueError if `thinking` is no bool.
+    their arguments as JSON text, as OpenAI's do; the template sees objects. Thoughts may be named `thinking` or
+    `reasoning`, as other programs name them; the template sees `reasoning_content`. The template comes from a download
+    and runs in Jinja's sandbox. Raises PromptError if there is no template, if it is broken, if it refuses the
+    messages, or if one of them lacks its role or content (an assistant may have none); ValueError if `thinking` is no
+    bool.
     """
     if thinking is not None and not isinstance(thinking, bool):
         raise ValueError(f"thinking must be True, False or None, not {thinking!r}.")
@@ -91,13 +94,17 @@ def _strftime_now(form: str) -> str:
 
 
 def _parse_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message with the arguments of its tool calls as objects; the caller's message stays as it is."""
+    """The message as templates read it: thoughts by one name, arguments as objects. The caller's stays as it is."""
     role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
     # A template takes what is missing for an empty text. An assistant that only calls tools may say nothing.
     if not isinstance(role, str) or (content is None and role != "assistant"):
         raise PromptError(f"A message is an object with a role and a content, not {reprlib.repr(message)}.")
     if not isinstance(content, (str, list, tuple, type(None))):
         raise PromptError(f"The content of a message is text or a list of parts, not {reprlib.repr(content)}.")
+    # The first name that is given wins, as in transformers.
+    thoughts = [message[name] for name in _THOUGHTS if message.get(name) is not None]
+    if thoughts:
+        message = {**message, "reasoning_content": thoughts[0]}
     calls = message.get("tool_calls")
     if calls is None:
         return message
