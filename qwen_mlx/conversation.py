@@ -93,7 +93,7 @@ class Chat:
     `tools` are typed functions with docstrings (`schema_of`), or a `Tool` each. `approve(call)` is asked before one is
     run, and None runs all. `thinking` as in `stream_generate`; after `thinking_budget` tokens of it, or when it goes in
     circles and `loop_guard` is set, the end of the thought is written for the model. `options` go to
-    `stream_generate`: sampling, speculation, memory.
+    `stream_generate`: sampling, `json_schema`, speculation, memory.
 
     Raises ValueError for a function that is no tool, and for two tools of one name.
     """
@@ -232,7 +232,8 @@ class Chat:
         while True:
             text, new, cut = "", list[int](), None
             options = self.options | {"max_tokens": left}
-            with closing(stream_generate(self.model, self.tokenizer, tokens, **options)) as responses:
+            answer = stream_generate(self.model, self.tokenizer, tokens, tools=self._schemas, **options)
+            with closing(answer) as responses:
                 for response in responses:
                     self.last = response
                     new.append(response.token)

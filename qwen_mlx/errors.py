@@ -35,6 +35,10 @@ class PromptError(QwenMLXError):
     """The prompt cannot be answered: empty, not text, or refused by the chat template."""
 
 
+class SchemaError(QwenMLXError):
+    """An answer cannot be kept to a JSON schema: it is none, has what cannot be followed, or llguidance is missing."""
+
+
 class PromptCacheError(QwenMLXError):
     """A prompt file cannot be written or read, is damaged, or belongs to another model, tokenizer or template."""
 

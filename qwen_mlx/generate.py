@@ -19,9 +19,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -29,19 +30,19 @@ import mlx.core as mx
 from qwen_mlx.cache.prefix import PrefixStore
 from qwen_mlx.cache.quantized_kv import BITS
 from qwen_mlx.chat.template import CUT, render
+from qwen_mlx.chat.tools import Tools
 from qwen_mlx.cli import Parser, Progress, positive, read_prompt
-from qwen_mlx.config import TextConfig
+from qwen_mlx.decoding.asked import asked
 from qwen_mlx.decoding.autoregressive import decode
 from qwen_mlx.decoding.drafting import DRAFTS, MODES, drafting
 from qwen_mlx.decoding.memory import device_limits
 from qwen_mlx.decoding.preflight import STEP_SIZES, check_memory
-from qwen_mlx.decoding.prompt import Prompt, check_tokens, prompt_tokens, room_behind
+from qwen_mlx.decoding.prompt import Prompt
 from qwen_mlx.decoding.prompt_file import load_prompt_cache
 from qwen_mlx.decoding.reuse import PromptCache, Reuse, places_to_keep
-from qwen_mlx.decoding.sampling import Sampler, SamplingParams, default_params
+from qwen_mlx.decoding.sampling import SamplingParams
 from qwen_mlx.decoding.speculative import decode_with_drafts
-from qwen_mlx.decoding.stop import StopStrings
-from qwen_mlx.errors import PromptError
+from qwen_mlx.errors import PromptError, SchemaError
 from qwen_mlx.hub import DEFAULT_MODEL
 from qwen_mlx.load import load
 from qwen_mlx.model.qwen import Qwen
@@ -75,6 +76,8 @@ def stream_generate(
     params: SamplingParams | None = None,
     *,
     thinking: bool | None = None,
+    tools: Tools = (),
+    json_schema: Mapping[str, Any] | None = None,
     prefill_step_size: int | None = None,
     kv_bits: int | None = None,
     force: bool = False,
@@ -88,7 +91,10 @@ def stream_generate(
     """Answer `prompt`: messages (through the chat template), text as it stands, or token ids.
 
     `params` default to the checkpoint's recommendation; single fields may be given by keyword (`temperature=0.7`).
-    `thinking` switches the template's thinking on or off; None leaves it as the checkpoint has it.
+    `thinking` switches the template's thinking on or off; None leaves it as the checkpoint has it. The template tells
+    the model of `tools`, functions in OpenAI's form. With a `json_schema` the answer is JSON of that schema, or calls
+    `tools`, behind what is thought; it is whole unless `max_tokens` ends it.
+
     `progress(done, total)` follows the prompt, which is read `prefill_step_size` tokens at a time, None leaving that to
     the memory there is. `kv_bits` (4 or 8) quantizes keys and values, those of the full-attention layers alone; on
     Metal a token is then not decoded through the compiled graph. The texts of all responses make up the answer.
@@ -103,23 +109,17 @@ def stream_generate(
     memory: MemoryLimitError where a count from the model's sizes says that both do not fit, unless `force`.
 
     Raises PromptError for a prompt that is empty, not Unicode, of messages without role or content, or refused by the
-    template, CheckpointError for weights that are not numbers and for heads that cannot be quantized, TokenizerError
-    for a tokenizer of another model, ValueError for a parameter out of range, `thinking` without messages or one that
-    is no bool, for a store of another model and a prompt that does not begin as `prompt_cache` does, TypeError for a
-    prompt of another kind and for an unknown keyword.
+    template, SchemaError for a schema that cannot be kept to, CheckpointError for weights that are not numbers and for
+    heads that cannot be quantized, TokenizerError for a tokenizer of another model, ValueError for a parameter out of
+    range, `thinking` without messages or one that is no bool, for a store of another model and a prompt that does not
+    begin as `prompt_cache` does, TypeError for a prompt of another kind and for an unknown keyword.
     """
-    known = [field.name for field in fields(SamplingParams)]
-    if unknown := next((name for name in sampling if name not in known), None):
-        raise TypeError(f"There is no option {unknown}; those of sampling are {', '.join(known)}.")
     start = first = time.perf_counter()
-    tokens = prompt_tokens(tokenizer, prompt, thinking)
-    check_tokens(model.config.text, tokenizer, tokens)
-    room = room_behind(model.config.text, len(tokens))
-    is_thinking = tokenizer.decode(tokens[-4:]).rstrip().endswith("<think>")
-    params = replace(params or recommended_params(model, thinking=is_thinking), **sampling)
-    sampler = Sampler(params, tokens, vocab_size=model.config.text.vocab_size, num_real_tokens=tokenizer.vocab_size)
-    count = params.max_tokens if room is None else min(params.max_tokens, room)
-    drafts, drafted = drafting(model, tokens, params, speculate, num_draft_tokens), 0
+    answer = asked(
+        model, tokenizer, prompt, params, thinking=thinking, tools=tools, json_schema=json_schema, sampling=sampling
+    )
+    tokens, sampler, count = answer.tokens, answer.sampler, answer.count
+    drafts, drafted = drafting(model, tokens, answer.params, speculate, num_draft_tokens), 0
     reuse = Reuse(model, tokens, prompt_cache, prefix_store, kv_bits=kv_bits)
     plan = check_memory(
         model,
@@ -141,8 +141,6 @@ def stream_generate(
             decoded = decode(model, logits, reuse.cache, sampler, count=count)
         else:
             decoded = decode_with_drafts(model, logits, reuse.cache, sampler, count=count, drafting=drafts)
-        eos = {*model.config.eos_token_ids, tokenizer.eos_token_id}
-        detokenizer, stops = tokenizer.detokenizer(skip_special_tokens=True), StopStrings(params.stop)
         with closing(decoded):
             for n, (token, row, from_draft) in enumerate(decoded, start=1):
                 now = time.perf_counter()
@@ -151,11 +149,7 @@ def stream_generate(
                 reuse.tokens.append(token)
                 drafted += from_draft
                 row = row.astype(mx.float32)
-                text, met = ("", False) if token in eos else stops.feed(detokenizer.add(token))
-                finish = "stop" if met or token in eos else "length" if n == count else None
-                if finish and not met:
-                    rest, met = stops.feed(detokenizer.finish())
-                    text += rest + ("" if met else stops.flush())
+                text, finish = answer.text.add(token)
                 if finish:  # before the last is told: whoever has it may go on from there
                     decoded.close()
                     reuse.keep()
@@ -184,16 +178,6 @@ def generate(
 ) -> str:
     """The whole answer to `prompt` as text; arguments and errors are those of `stream_generate`."""
     return "".join(r.text for r in stream_generate(model, tokenizer, prompt, params, **options))
-
-
-def recommended_params(model: Qwen, *, thinking: bool) -> SamplingParams:
-    """What the checkpoint's generation_config.json asks for, else the model card of its size and mode."""
-    return default_params(model.config.generation, is_small=is_small(model.config.text), thinking=thinking)
-
-
-def is_small(config: TextConfig) -> bool:
-    """Whether the model is of the sizes, 0.8B and 2B, that have rows of their own on the model card."""
-    return config.moe is None and config.hidden_size <= 2048
 
 
 def _behind(tokenizer: Tokenizer, prompt: str, *, raw: bool, thinking: bool | None) -> list[int]:
@@ -262,17 +246,28 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--presence-penalty", type=float, help="subtracted once from every token of the answer")
     add("--frequency-penalty", type=float, help="subtracted from a token each time it stands in the answer")
     add("--seed", type=int, help="the same seed gives the same text")
+    add("--json-schema", metavar="FILE", help="JSON schema of the answer (needs llguidance)")
 
 
 def sampling_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
-    """What `args` say of sampling, checked: what is out of range is the parser's error."""
+    """What `args` say of sampling, checked: what is out of range is the parser's error. SchemaError for a schema that
+    cannot be read."""
     names = [field.name for field in fields(SamplingParams)]
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     try:
         SamplingParams(**given)
     except ValueError as error:
         parser.error(str(error))
-    return given
+    return given if args.json_schema is None else given | {"json_schema": _read_schema(args.json_schema)}
+
+
+def _read_schema(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SchemaError(f"The JSON schema cannot be read: {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise SchemaError(f"The JSON schema {path} is not JSON: {error}.") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,10 +19,10 @@ from qwen_mlx.cache.quantized_kv import BITS
 from qwen_mlx.checkpoint import Checkpoint, open_checkpoint
 from qwen_mlx.cli import Parser, positive, run
 from qwen_mlx.config import FULL, ModelConfig, read_config
+from qwen_mlx.decoding.asked import is_small
 from qwen_mlx.decoding.memory import memory_limit
 from qwen_mlx.decoding.preflight import MemoryPlan, Request, choose_plan
 from qwen_mlx.decoding.sampling import default_params, recommendations
-from qwen_mlx.generate import is_small
 from qwen_mlx.hub import DEFAULT_MODEL, resolve
 from qwen_mlx.kernels.backend import gpu_generation
 from qwen_mlx.kernels.self_check import checks_for

@@ -83,6 +83,10 @@ class Tokenizer:
         """A fresh Detokenizer whose pieces add up to what `decode` gives for the whole."""
         return Detokenizer(self._backend, skip_special_tokens=skip_special_tokens)
 
+    def to_json(self) -> str:
+        """What tokenizer.json says, as it is used here."""
+        return self._backend.to_str()
+
     def token_to_id(self, text: str) -> int | None:
         """Id of one token, as it is written in tokenizer.json; None if there is none."""
         return self._backend.token_to_id(text)

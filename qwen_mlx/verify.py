@@ -127,8 +127,8 @@ class Verification:
         the reply."""
         model, config = self.model, self.model.config
         ends = {*config.eos_token_ids, self.tokenizer.eos_token_id} if count is None else set()
-        vocabulary = {"vocab_size": config.text.vocab_size, "num_real_tokens": self.tokenizer.vocab_size}
-        sampler, cache = Sampler(SamplingParams(), tokens, **vocabulary), model.make_cache()
+        cache, size = model.make_cache(), config.text.vocab_size
+        sampler = Sampler(SamplingParams(), tokens, vocab_size=size, num_real_tokens=self.tokenizer.vocab_size)
         count = count or self.max_tokens
         step_size = check_memory(model, len(tokens), count).step_size
         seen = drafts.seen if drafts else None

@@ -15,10 +15,11 @@ from qwen_mlx.cache.kv import KVCache
 from qwen_mlx.cache.sequence import SequenceCache
 from qwen_mlx.chat.template import render
 from qwen_mlx.config import ModelConfig, MoeConfig, Yarn
+from qwen_mlx.decoding.asked import recommended_params
 from qwen_mlx.decoding.prefill import prefill
 from qwen_mlx.decoding.sampling import Sampler
 from qwen_mlx.errors import CheckpointError, PromptError, TokenizerError
-from qwen_mlx.generate import GenerationResponse, recommended_params
+from qwen_mlx.generate import GenerationResponse
 from qwen_mlx.model.qwen import Qwen
 from tests.cache.test_sequence import TOLERANCE, contents, same
 
@@ -103,7 +104,7 @@ def drawn_with(monkeypatch: pytest.MonkeyPatch) -> list[SamplingParams]:
             seen.append(params)
             super().__init__(params, prompt_tokens, **sizes)
 
-    monkeypatch.setattr(importlib.import_module("qwen_mlx.generate"), "Sampler", RecordingSampler)
+    monkeypatch.setattr(importlib.import_module("qwen_mlx.decoding.asked"), "Sampler", RecordingSampler)
     return seen
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any, cast
 
 from qwen_mlx.chat.template import render
+from qwen_mlx.chat.tools import Tools
 from qwen_mlx.config import TextConfig
 from qwen_mlx.errors import PromptError, TokenizerError
 from qwen_mlx.tokenizer import Tokenizer
@@ -18,11 +19,12 @@ from qwen_mlx.tokenizer import Tokenizer
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, thinking: bool | None) -> list[int]:
+def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, thinking: bool | None, tools: Tools = ()) -> list[int]:
     """The ids of `prompt`; errors of kind and template as `stream_generate` has them."""
     if not isinstance(prompt, str) and isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         messages = cast(Sequence[Mapping[str, Any]], prompt)
-        text = render(tokenizer.chat_template, messages, thinking=thinking, special_tokens=tokenizer.special_tokens)
+        names = tokenizer.special_tokens
+        text = render(tokenizer.chat_template, messages, tools=tools or None, thinking=thinking, special_tokens=names)
         return tokenizer.encode(text)
     if thinking is not None:
         raise ValueError("thinking is a switch of the chat template, and only messages go through it: leave it out.")
@@ -49,7 +51,7 @@ def room_behind(config: TextConfig, prompt: int) -> int | None:
         f"The prompt has {prompt} tokens, and the model was made for {length}, the answer included: beyond that it may "
         f'be poor. Shorten the prompt, or give rope_parameters in config.json "rope_type": "yarn", "factor": '
         f'{math.ceil((prompt + 1) / native)}.0, "original_max_position_embeddings": {native}.',
-        stacklevel=3,
+        stacklevel=4,
     )
     return None
 

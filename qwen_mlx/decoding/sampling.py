@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from qwen_mlx.decoding.constraint import Constraint
 from qwen_mlx.decoding.stop import stop_tuple
 from qwen_mlx.errors import CheckpointError
 
@@ -113,6 +114,8 @@ class Sampler:
         bias        z += logit_bias
         repetition  z /= r where z > 0, z *= r elsewhere, for tokens of prompt or reply (CTRL, arXiv 1909.05858)
         presence    z -= presence * [n > 0], and frequency: z -= frequency * n, n the count in the reply (OpenAI)
+        constraint  z = -inf for tokens that would break the form of the reply (one reply only); to know them, it waits
+                    for the tokens before
         temperature z / T
         top_k, top_p (arXiv 1904.09751), min_p (arXiv 2407.01082)
 
@@ -121,10 +124,18 @@ class Sampler:
     Ties: top_k, top_p and min_p keep every logit at or above a threshold, so equal logits stand or fall together
     (top_k may keep more than k). Greedy decoding takes the lowest of equal ids.
 
-    All state is in values, so `copy.copy(sampler)` is an independent sampler at the same place and with the same keys.
+    `copy.copy(sampler)` is an independent sampler at the same place and with the same keys.
     """
 
-    def __init__(self, params: SamplingParams, prompt_tokens: Sequence[int], *, vocab_size: int, num_real_tokens: int):
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_tokens: Sequence[int],
+        *,
+        vocab_size: int,
+        num_real_tokens: int,
+        constraint: Constraint | None = None,
+    ):
         if not 0 < num_real_tokens <= vocab_size:
             raise ValueError(f"num_real_tokens must be from 1 to vocab_size {vocab_size}, not {num_real_tokens}")
         self.params = params
@@ -142,6 +153,13 @@ class Sampler:
         if params.repetition_penalty != 1 and prompt_tokens:
             self._require_real("prompt_tokens", prompt_tokens)
             self._in_prompt[:, mx.array(sorted(set(prompt_tokens)), mx.uint32)] = True
+        self._constraint, self._ahead = constraint, mx.array([], mx.uint32)
+
+    def __copy__(self) -> "Sampler":
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__
+        other._constraint = copy.copy(self._constraint)
+        return other
 
     def __call__(self, logits: mx.array) -> mx.array:
         """Draw one token per row and count it: logits [B, V] -> tokens [B] uint32, not yet evaluated."""
@@ -172,6 +190,8 @@ class Sampler:
         if self._counts is not None:
             counts = mx.broadcast_to(self._counts, (tokens.shape[0], self.num_real_tokens))
             self._counts = counts.at[mx.arange(tokens.shape[0]), tokens].add(1.0)
+        if self._constraint is not None:
+            self._constraint.observe(tokens)
 
     def along(self, tokens: mx.array) -> "Sampler":
         """For one reply that may go on with `tokens` [k]: a copy with k + 1 rows; row i has counted the first i.
@@ -184,6 +204,7 @@ class Sampler:
                 raise ValueError(f"along follows one reply, but this sampler has counted {self._counts.shape[0]}")
             said = mx.cumsum(tokens[:, None] == mx.arange(self.num_real_tokens), axis=0)
             places._counts = mx.concatenate([self._counts, self._counts + said])
+        places._ahead = tokens
         return places
 
     def next_key(self) -> mx.array:
@@ -192,16 +213,22 @@ class Sampler:
         return key
 
     def _penalized(self, logits: mx.array) -> mx.array:
-        """Bias and penalties on the real tokens: [B, V] -> [B, num_real_tokens]; with neither, only a view."""
+        """Bias, penalties and form of the real tokens: [B, V] -> [B, num_real_tokens]; with none, only a view."""
         if logits.ndim != 2 or logits.shape[1] != self.vocab_size:
             raise ValueError(f"logits must have shape [B, {self.vocab_size}], not {list(logits.shape)}")
         scores = logits[:, : self.num_real_tokens]
         if self._bias is not None:
             token_ids, values = self._bias
             scores = scores.astype(mx.float32).at[:, token_ids].add(values)
-        if self._counts is None:
-            return scores
-        scores, params, counts = scores.astype(mx.float32), self.params, self._counts
+        if self._counts is not None:
+            scores = self._less_likely_again(scores.astype(mx.float32), self._counts)
+        if self._constraint is not None:
+            mx.async_eval(scores)  # the model goes on while the form is looked at
+            scores = mx.where(self._constraint.allowed(self.num_real_tokens, self._ahead), scores, -math.inf)
+        return scores
+
+    def _less_likely_again(self, scores: mx.array, counts: mx.array) -> mx.array:
+        params = self.params
         if params.repetition_penalty != 1:
             scaled = mx.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
             scores = mx.where(self._in_prompt + counts > 0, scaled, scores)
