@@ -77,12 +77,12 @@ def test_bit_for_bit_where_both_take_the_same_form(
     assert same(found[30 + mark], states(fed(model, tokens[:, : 30 + mark], 30)))
 
 
-@pytest.mark.parametrize("start", [0, 30])
 @every_variant
-def test_many_marks_of_one_chunk(variant: str, start: int, model_of: Callable[[str, str], Qwen]) -> None:
+def test_many_marks_of_one_chunk(variant: str, model_of: Callable[[str, str], Qwen]) -> None:
     """All of them stay, be they more than CHECKPOINTS; each goes on from the states of the one before."""
     assert len(MARKS) > CHECKPOINTS
-    model, tokens = model_of(variant, "float32"), prompt(start + T)
+    model, start = model_of(variant, "float32"), 30
+    tokens = prompt(start + T)
     marks = [start + mark for mark in MARKS]
     found = kept(fed(model, tokens, start, marks=marks))
     assert list(found) == marks
@@ -91,13 +91,13 @@ def test_many_marks_of_one_chunk(variant: str, start: int, model_of: Callable[[s
 
 
 @pytest.mark.parametrize("marks", [[1], [16, 17], [31, 32, 33], MARKS], ids=str)
-@pytest.mark.parametrize("start", [0, 30])
 @every_variant
 def test_marks_leave_the_outputs_as_they_are(
-    variant: str, start: int, marks: list[int], model_of: Callable[[str, str], Qwen]
+    variant: str, marks: list[int], model_of: Callable[[str, str], Qwen]
 ) -> None:
-    model, tokens = model_of(variant, "float32"), prompt(start + T + 1)
-    plain, marked = (fed(model, tokens[:, :start]) if start else model.make_cache() for _ in range(2))
+    model, start = model_of(variant, "float32"), 30
+    tokens = prompt(start + T + 1)
+    plain, marked = (fed(model, tokens[:, :start]) for _ in range(2))
     x = model.embed(tokens[:, start : start + T])
     expected = model.logits(model.hidden(x, plain))
     found = model.logits(model.hidden(x, marked, marks=[start + mark for mark in marks]))
