@@ -3,9 +3,7 @@
     env -u OPENBLAS_CORETYPE python benchmarks/prefill_decode.py --prompts 512 2048 --repeats 3
 
 Both read the same folder in float32 (`--bits 4`: quantized, float32 activations). Without Metal the matmuls of both go
-through the BLAS named by `--blas`, loaded before MLX; the wheel's own is about ten times slower. OpenBLAS has to choose
-its kernels by itself: where OPENBLAS_CORETYPE is set to an older processor, it lacks the ones for small matrices that
-make a decoded token fast (qwen_mlx/model/linear.py). The JSON says for which processor the kernels are.
+through the BLAS named by `--blas` (blas.py); the JSON says for which processor its kernels are.
 
 A decode step is the model and its evaluation, without sampling, on the same fixed tokens. Wall time, medians; the ratio
 is the median of the pairwise ratios. The last line is one JSON object; logits that differ by more than 5e-4 are an
@@ -13,14 +11,14 @@ error instead.
 """
 
 import argparse
-import ctypes
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from blas import preload
 
 TOLERANCE = 5e-4
 
@@ -34,9 +32,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, help="quantize the matrices")
     parser.add_argument("--blas", default="libopenblas.so.0", help='BLAS to preload; "wheel" keeps the one MLX brings')
     args = parser.parse_args()
-    core = None
-    if args.blas != "wheel" and sys.platform == "linux":
-        core = blas_core(ctypes.CDLL(args.blas, ctypes.RTLD_GLOBAL))  # works only before MLX is imported
+    blas = preload(args.blas)
 
     import mlx.core as mx
     from checkpoint import make
@@ -50,8 +46,7 @@ def main() -> None:
     peer, _ = load_peer(folder)
     peer.set_dtype(mx.float32)
     mx.eval(ours.parameters(), peer.parameters())
-    results = {"device": str(mx.default_device()), "mlx": mx.__version__, "blas": args.blas, "blas_core": core,
-               "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE"), "layers": args.layers,
+    results = {"device": str(mx.default_device()), "mlx": mx.__version__, **blas, "layers": args.layers,
                "bits": args.bits or 32, "prompts": {}}  # fmt: skip
     for length in args.prompts:
         tokens = [(7919 * i) % ours.config.text.vocab_size for i in range(length)]
@@ -70,14 +65,6 @@ def main() -> None:
     if not worst <= TOLERANCE:
         raise SystemExit(f"no speed is reported: the two models' logits differ by {worst:.1e}, allowed is {TOLERANCE}")
     print(json.dumps(results))
-
-
-def blas_core(library: ctypes.CDLL) -> str | None:
-    """The processor whose kernels OpenBLAS runs; None of another BLAS."""
-    if not hasattr(library, "openblas_get_corename"):
-        return None
-    library.openblas_get_corename.restype = ctypes.c_char_p
-    return library.openblas_get_corename().decode()
 
 
 def summary(runs: list[dict], length: int, count: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Speculative decoding with the model's own draft head, beside plain decoding.
 
-    python benchmarks/speculative.py
+    env -u OPENBLAS_CORETYPE python benchmarks/speculative.py
 
 Replays: recorded and drawn traces of right drafts (`data/traces.json`) against predicted costs of a round
 (`data/step_costs.json`), through the controller that chooses the draft length. Nothing is timed, and the speed-ups are
@@ -23,16 +23,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
+from blas import preload
 
-from qwen_mlx import load
-from qwen_mlx.decoding.autoregressive import decode
-from qwen_mlx.decoding.draft_length import Costs, DraftLength
-from qwen_mlx.decoding.drafting import drafting
-from qwen_mlx.decoding.prefill import prefill
-from qwen_mlx.decoding.sampling import Sampler, SamplingParams
-from qwen_mlx.decoding.speculative import decode_with_drafts
-from qwen_mlx.model.qwen import Qwen
+BLAS = preload()
+
+import mlx.core as mx  # noqa: E402
+
+from qwen_mlx import load  # noqa: E402
+from qwen_mlx.decoding.autoregressive import decode  # noqa: E402
+from qwen_mlx.decoding.draft_length import Costs, DraftLength  # noqa: E402
+from qwen_mlx.decoding.drafting import drafting  # noqa: E402
+from qwen_mlx.decoding.prefill import prefill  # noqa: E402
+from qwen_mlx.decoding.sampling import Sampler, SamplingParams  # noqa: E402
+from qwen_mlx.decoding.speculative import decode_with_drafts  # noqa: E402
+from qwen_mlx.model.qwen import Qwen  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 OF_PLAIN, OF_BEST, WHOLE_TEXT = 0.98, 0.95, 256
@@ -137,7 +141,7 @@ def measured(rounds: int) -> dict[str, Any]:
         "random text": ([noise[:8]], lambda: Dictated(noise[8:], **sizes)),
     }
     decoded(model, prompts[0], Sampler(endless, [], **sizes), "off")  # the first of all makes buffers
-    found: dict[str, Any] = {"device": str(mx.default_device())}
+    found: dict[str, Any] = {"device": str(mx.default_device()), **BLAS}
     for name, (prompts, sampler) in texts.items():
         ratios, drafts = [], []
         for pair in range(rounds):

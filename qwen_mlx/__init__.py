@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qwen_mlx.batch import BatchAnswer, batch_generate
     from qwen_mlx.cache.prefix import PrefixStore
     from qwen_mlx.conversation import Chat
     from qwen_mlx.decoding.prompt_file import load_prompt_cache, save_prompt_cache
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BatchAnswer",
     "Chat",
     "GenerationResponse",
     "PrefixStore",
     "PromptCache",
     "SamplingParams",
     "__version__",
+    "batch_generate",
     "generate",
     "load",
     "load_prompt_cache",
@@ -35,6 +38,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BatchAnswer": "qwen_mlx.batch",
+    "batch_generate": "qwen_mlx.batch",
     "Chat": "qwen_mlx.conversation",
     "GenerationResponse": "qwen_mlx.generate",
     "PrefixStore": "qwen_mlx.cache.prefix",

@@ -58,6 +58,7 @@ def decode_batch(
                 prefilled(number)
         if new:
             cache = joined([*([cache] if cache else []), *new], model.turn)
+            new.clear()  # else they would be there twice while they are joined
         assert cache is not None
         logits, _ = model.step(mx.concatenate([row.token for row in rows])[:, None], cache)
         current = [row.token for row in rows]

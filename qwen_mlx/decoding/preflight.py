@@ -58,12 +58,13 @@ class Request:
     store_room: int = 0  # bytes that a prefix store still takes
     places: int = 0  # of the text at which it gets the states
     heads: int = 0  # draft heads, each with one full-attention layer more
+    rows: int = 1  # such texts at once; their prompts are read one after the other
 
     def plan(self, prompt: int, new: int, step_size: int) -> MemoryPlan:
         """For `prompt` tokens and `new` ones behind them. Errors of `kv_bits` as `QuantizedKVCache` has them."""
         config, rest = self.config, prompt % step_size
         full = config.layer_types.count(FULL)
-        slabs = slab_tokens(prompt, new, step_size) * kv_bytes_per_token(config, self.dtype, self.kv_bits)
+        slabs = self.rows * slab_tokens(prompt, new, step_size) * kv_bytes_per_token(config, self.dtype, self.kv_bits)
         heads = self.heads * slab_tokens(prompt, new, step_size) * kv_bytes_per_token(config, self.dtype) // full
         # A slab that grows is there twice for a moment, in one layer after the other.
         growing = slabs // full if prompt + new > step_size else 0
@@ -75,7 +76,7 @@ class Request:
             kv_bits=self.kv_bits,
             weights=self.weights,
             keys_values=slabs + heads,
-            states=2 * state_bytes(config, self.dtype),
+            states=2 * self.rows * state_bytes(config, self.dtype),
             others=self.others,
             snapshots=self._kept(prompt + new),
             prefill=growing + max(count * self._bytes_per_chunk_token(keys) for count, keys in chunks),
@@ -119,6 +120,7 @@ def check_memory(
     store: PrefixStore | None = None,
     places: int = 0,
     head: MTPHead | None = None,
+    rows: int = 1,
 ) -> MemoryPlan:
     """The plan for `prompt` tokens and `new` ones; without `step_size`, with the preferred chunk that fits.
 
@@ -138,7 +140,7 @@ def check_memory(
 
     def planned(*, kept: int, room: int) -> tuple[Request, MemoryPlan]:
         others = max(0, mx.get_active_memory() - weights - held - kept)  # weights may not have been read yet
-        request = Request(config, weights, model.dtype, kv_bits, others, room, places, int(head is not None))
+        request = Request(config, weights, model.dtype, kv_bits, others, room, places, int(head is not None), rows)
         return request, choose_plan(request, prompt, new, limit, step_size)
 
     request, plan = planned(kept=store.nbytes if store else 0, room=0)  # with all of it given up
@@ -183,13 +185,16 @@ def _refusal(request: Request, plan: MemoryPlan, limit: int) -> str:
     }
     numbers = ", ".join(f"{what} {_gigabytes(size)}" for what, size in parts.items() if size >= 5e6)
     fitting = longest_context(request, limit)
-    remedies = [f"{fitting:,} tokens would fit"] if fitting else []
+    remedies = ["take fewer at once"] if request.rows > 1 else []
+    remedies += [f"{fitting:,} tokens would fit"] if fitting else []
     for bits in (8, 4):
         if bits < (request.kv_bits or 16) and request.config.head_dim % GROUPS[-1] == 0:
             more = longest_context(replace(request, kv_bits=bits), limit)
             remedies += [f"{more:,} with --kv-bits {bits}"] if more > fitting else []
+    rows = request.rows
+    what = f"A text of {plan.tokens:,} tokens takes" if rows == 1 else f"{rows} texts of {plan.tokens:,} tokens take"
     return (
-        f"A text of {plan.tokens:,} tokens takes {_gigabytes(plan.total)} GB ({numbers}), and this device allows "
+        f"{what} {_gigabytes(plan.total)} GB ({numbers}), and this device allows "
         f"{_gigabytes(limit)} GB: {', '.join(remedies) or 'not even its first tokens fit, take a smaller model'}; "
         "--force tries it all the same."
     )
