@@ -122,10 +122,7 @@ def test_the_count_is_near_the_measured_peak(name: str) -> None:
 
     def work() -> None:
         samplers = [Sampler(SamplingParams(), [], vocab_size=384, num_real_tokens=352) for _ in prompts]
-        steps, left = (
-            decode_batch(model, prompts, samplers, size=rows, step_size=step_size),
-            {n: 20 for n in range(rows)},
-        )
+        steps, left = decode_batch(model, prompts, samplers, size=rows, step_size=step_size), [20] * rows
         number, _ = next(steps)
         while any(left):
             left[number] -= 1
