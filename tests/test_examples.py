@@ -25,7 +25,7 @@ def run_example(name: str) -> str:
 
 
 def test_these_are_the_examples() -> None:
-    assert set(EXAMPLES) == {"generate", "logits", "reuse", "sampling", "stream"}
+    assert set(EXAMPLES) == {"chat", "generate", "logits", "reuse", "sampling", "stream"}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -39,6 +39,14 @@ def test_generate_answers_and_tells() -> None:
     answer, tale = run_example("generate").split("\n", 1)
     assert "far" in answer
     assert re.match(r"Once upon a time\b.*\bthe\b", tale, re.DOTALL)
+
+
+def test_chat_calls_its_tool_and_takes_the_turn_back() -> None:
+    said = run_example("chat")
+    call = said.index("ToolCall(name='get_weather', arguments={'city': 'Paris'}")
+    result = said.index("text='In Paris it is sunny, 21 degrees.'")
+    assert call < result < said.index("Content(", result)
+    assert said.endswith("What is the weather in Paris? has been taken back; left are 0 messages.\n")
 
 
 def test_stream_ends_with_what_it_cost() -> None:
