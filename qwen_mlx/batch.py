@@ -36,6 +36,7 @@ def batch_generate(
     params: SamplingParams | None = None,
     *,
     batch_size: int = 8,
+    preset: str | None = None,
     thinking: bool | None = None,
     tools: Tools = (),
     json_schema: Mapping[str, Any] | None = None,
@@ -52,7 +53,15 @@ def batch_generate(
     """
     ready = [
         asked(
-            model, tokenizer, prompt, params, thinking=thinking, tools=tools, json_schema=json_schema, sampling=sampling
+            model,
+            tokenizer,
+            prompt,
+            params,
+            preset=preset,
+            thinking=thinking,
+            tools=tools,
+            json_schema=json_schema,
+            sampling=sampling,
         )
         for prompt in prompts
     ]

@@ -40,7 +40,7 @@ from qwen_mlx.decoding.preflight import STEP_SIZES, check_memory
 from qwen_mlx.decoding.prompt import Prompt
 from qwen_mlx.decoding.prompt_file import load_prompt_cache
 from qwen_mlx.decoding.reuse import PromptCache, Reuse, places_to_keep
-from qwen_mlx.decoding.sampling import SamplingParams
+from qwen_mlx.decoding.sampling import PRESETS, SamplingParams
 from qwen_mlx.decoding.speculative import decode_with_drafts
 from qwen_mlx.errors import PromptError, SchemaError
 from qwen_mlx.hub import DEFAULT_MODEL
@@ -75,6 +75,7 @@ def stream_generate(
     prompt: Prompt,
     params: SamplingParams | None = None,
     *,
+    preset: str | None = None,
     thinking: bool | None = None,
     tools: Tools = (),
     json_schema: Mapping[str, Any] | None = None,
@@ -90,7 +91,8 @@ def stream_generate(
 ) -> Generator[GenerationResponse, None, None]:
     """Answer `prompt`: messages (through the chat template), text as it stands, or token ids.
 
-    `params` default to the checkpoint's recommendation; single fields may be given by keyword (`temperature=0.7`).
+    `params` default to the checkpoint's recommendation, or to the model card's for a use, `preset` ("general", "code",
+    "reasoning"); single fields may be given by keyword (`temperature=0.7`).
     `thinking` switches the template's thinking on or off; None leaves it as the checkpoint has it. The template tells
     the model of `tools`, functions in OpenAI's form. With a `json_schema` the answer is JSON of that schema, or calls
     `tools`, behind what is thought; it is whole unless `max_tokens` ends it.
@@ -109,14 +111,23 @@ def stream_generate(
     memory: MemoryLimitError where a count from the model's sizes says that both do not fit, unless `force`.
 
     Raises PromptError for a prompt that is empty, not Unicode, of messages without role or content, or refused by the
-    template, SchemaError for a schema that cannot be kept to, CheckpointError for weights that are not numbers and for
-    heads that cannot be quantized, TokenizerError for a tokenizer of another model, ValueError for a parameter out of
-    range, `thinking` without messages or one that is no bool, for a store of another model and a prompt that does not
-    begin as `prompt_cache` does, TypeError for a prompt of another kind and for an unknown keyword.
+    template, and for a `preset` that the card lacks; SchemaError for a schema that cannot be kept to; CheckpointError
+    for weights that are not numbers and heads that cannot be quantized; TokenizerError for a tokenizer of another
+    model; ValueError for a parameter out of range, `thinking` without messages or one that is no bool, a store of
+    another model, a prompt that does not begin as `prompt_cache` does, both of `params` and `preset`; TypeError for a
+    prompt of another kind and for an unknown keyword.
     """
     start = first = time.perf_counter()
     answer = asked(
-        model, tokenizer, prompt, params, thinking=thinking, tools=tools, json_schema=json_schema, sampling=sampling
+        model,
+        tokenizer,
+        prompt,
+        params,
+        preset=preset,
+        thinking=thinking,
+        tools=tools,
+        json_schema=json_schema,
+        sampling=sampling,
     )
     tokens, sampler, count = answer.tokens, answer.sampler, answer.count
     drafts, drafted = drafting(model, tokens, answer.params, speculate, num_draft_tokens), 0
@@ -237,6 +248,7 @@ _OPTIONS = "prefill_step_size kv_bits force speculate num_draft_tokens".split()
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """The flags of sampling, which commands share."""
     add = parser.add_argument
+    add("--preset", choices=PRESETS, help="sampling of the model card for a use (default: the checkpoint's)")
     add("--max-tokens", "-m", type=int, help="longest answer in tokens (default: 512)")
     add("--temp", dest="temperature", type=float, help="temperature; 0 is greedy (default: the checkpoint's)")
     add("--top-p", type=float, help="sample from the likeliest tokens that hold this much of the mass")
@@ -252,10 +264,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 def sampling_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
     """What `args` say of sampling, checked: what is out of range is the parser's error. SchemaError for a schema that
     cannot be read."""
-    names = [field.name for field in fields(SamplingParams)]
+    names = [*(field.name for field in fields(SamplingParams)), "preset"]
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     try:
-        SamplingParams(**given)
+        SamplingParams(**{name: value for name, value in given.items() if name != "preset"})
     except ValueError as error:
         parser.error(str(error))
     return given if args.json_schema is None else given | {"json_schema": _read_schema(args.json_schema)}

@@ -322,6 +322,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return seen
 
 
+SCHEMAS = json.loads((Path(__file__).parent / "data/schemas.json").read_text(encoding="utf-8"))
 # flag: (its words, where it must arrive, under which name, as what)
 FLAGS: dict[str, tuple[list[str], str, str, Any]] = {
     "--model": (["some/folder"], "load", "model", "some/folder"),
@@ -340,6 +341,8 @@ FLAGS: dict[str, tuple[list[str], str, str, Any]] = {
     "--presence-penalty": (["0.4"], "stream", "presence_penalty", 0.4),
     "--frequency-penalty": (["-0.3"], "stream", "frequency_penalty", -0.3),
     "--seed": (["9"], "stream", "seed", 9),
+    "--preset": (["code"], "stream", "preset", "code"),
+    "--json-schema": ([str(Path(__file__).parent / "data/schemas.json")], "stream", "json_schema", SCHEMAS),
     "--stop": (["a", "--stop", "b"], "stream", "stop", ["a", "b"]),
     "--prefill-step-size": (["64"], "stream", "prefill_step_size", 64),
     "--kv-bits": (["8"], "stream", "kv_bits", 8),

@@ -373,6 +373,16 @@ def test_the_card_of_its_size_is_recommended(sizes: dict[str, Any], thinking: bo
     assert recommended_params(model, thinking=thinking) == SamplingParams(top_k=20, **card)
 
 
+def test_a_preset_is_the_cards_and_single_fields_go_before_it(drawn_with: list[SamplingParams]) -> None:
+    model, tokenizer = load("demo")
+    asked = [{"role": "user", "content": "Hello"}]
+    options: dict[str, Any] = {"preset": "code", "thinking": True, "temperature": 0.0, "max_tokens": 1}
+    generate(model, tokenizer, asked, **options)
+    assert drawn_with == [SamplingParams(temperature=0.0, top_p=0.95, top_k=20, max_tokens=1)]
+    with pytest.raises(ValueError, match="params and preset both say"):
+        generate(model, tokenizer, asked, SamplingParams(), preset="code")
+
+
 def test_the_generation_config_goes_before_the_card() -> None:
     generation = {"do_sample": True, "temperature": 0.6, "top_k": 10, "top_p": 0.9}
     model: Any = ScriptedModel([], replace(config_with(hidden_size=1024), generation=generation))

@@ -31,6 +31,7 @@ def asked(
     prompt: Prompt,
     params: SamplingParams | None,
     *,
+    preset: str | None,
     thinking: bool | None,
     tools: Tools,
     json_schema: Mapping[str, Any] | None,
@@ -45,7 +46,9 @@ def asked(
     check_tokens(config, tokenizer, tokens)
     room = room_behind(config, len(tokens))
     is_thinking = tokenizer.decode(tokens[-4:]).rstrip().endswith("<think>")
-    params = replace(params or recommended_params(model, thinking=is_thinking), **sampling)
+    if params is not None and preset is not None:
+        raise ValueError("params and preset both say how tokens are drawn: leave one of them out.")
+    params = replace(params or recommended_params(model, thinking=is_thinking, preset=preset), **sampling)
     count = params.max_tokens if room is None else min(params.max_tokens, room)
     ends = sorted({*model.config.eos_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
     form = None
@@ -58,9 +61,10 @@ def asked(
     return Asked(tokens, params, count, sampler, text)
 
 
-def recommended_params(model: Qwen, *, thinking: bool) -> SamplingParams:
+def recommended_params(model: Qwen, *, thinking: bool, preset: str | None = None) -> SamplingParams:
     """What the checkpoint's generation_config.json asks for, else the model card of its size and mode."""
-    return default_params(model.config.generation, is_small=is_small(model.config.text), thinking=thinking)
+    small = is_small(model.config.text)
+    return default_params(model.config.generation, is_small=small, thinking=thinking, preset=preset)
 
 
 def is_small(config: TextConfig) -> bool:

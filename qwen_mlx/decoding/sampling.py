@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from qwen_mlx.decoding.constraint import Constraint
 from qwen_mlx.decoding.stop import stop_tuple
-from qwen_mlx.errors import CheckpointError
+from qwen_mlx.errors import CheckpointError, PromptError
 
 _NUMBER = (int, float)
 _RULES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {  # name -> its types, its values, both told
@@ -66,23 +66,31 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop_tuple(self.stop))
 
 
-_CARD = {  # (is_small, thinking) -> the rows for general text on the Qwen3.5 model cards
-    (True, True): {"temperature": 1.0, "top_p": 0.95, "top_k": 20, "presence_penalty": 1.5},
-    (True, False): {"temperature": 1.0, "top_p": 1.0, "top_k": 20, "presence_penalty": 2.0},
-    (False, True): {"temperature": 1.0, "top_p": 0.95, "top_k": 20, "presence_penalty": 1.5},
-    (False, False): {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5},
+PRESETS = ("general", "code", "reasoning")
+_CARD = {  # (preset, is_small, thinking) -> the rows for text on the Qwen3.5 model cards
+    ("general", True, True): {"temperature": 1.0, "top_p": 0.95, "top_k": 20, "presence_penalty": 1.5},
+    ("general", True, False): {"temperature": 1.0, "top_p": 1.0, "top_k": 20, "presence_penalty": 2.0},
+    ("general", False, True): {"temperature": 1.0, "top_p": 0.95, "top_k": 20, "presence_penalty": 1.5},
+    ("general", False, False): {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5},
+    ("code", True, True): {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "presence_penalty": 0.0},
+    ("code", False, True): {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "presence_penalty": 0.0},
+    ("reasoning", False, False): {"temperature": 1.0, "top_p": 1.0, "top_k": 40, "presence_penalty": 2.0},
 }
 
 
-def default_params(generation_config: Mapping[str, Any] | None, *, is_small: bool, thinking: bool) -> SamplingParams:
-    """The parameters a model's makers recommend: generation_config.json where it speaks, else their model card.
+def default_params(
+    generation_config: Mapping[str, Any] | None, *, is_small: bool, thinking: bool, preset: str | None = None
+) -> SamplingParams:
+    """The parameters a model's makers recommend: generation_config.json where it speaks, else their model card, and
+    for a `preset` the model card alone.
 
     `is_small` means the dense 0.8B and 2B models, which have rows of their own (hidden_size does not tell: 2B and the
     35B mixture share it). A generation_config with do_sample false is greedy; otherwise each of its temperature,
     top_k, top_p, min_p and repetition_penalty replaces the card's value, and presence_penalty, which that file cannot
-    state, stays the card's. A value that makes no sense is a CheckpointError.
+    state, stays the card's. A value that makes no sense is a CheckpointError, and a PromptError a preset
+    that the card lacks.
     """
-    chosen = recommendations(generation_config, is_small=is_small, thinking=thinking)
+    chosen = recommendations(generation_config, is_small=is_small, thinking=thinking, preset=preset)
     try:
         return SamplingParams(**{name: value for name, (value, _) in chosen.items()})
     except ValueError as error:
@@ -90,19 +98,28 @@ def default_params(generation_config: Mapping[str, Any] | None, *, is_small: boo
 
 
 def recommendations(
-    generation_config: Mapping[str, Any] | None, *, is_small: bool, thinking: bool
+    generation_config: Mapping[str, Any] | None, *, is_small: bool, thinking: bool, preset: str | None = None
 ) -> dict[str, tuple[Any, str]]:
     """Every value that `default_params` sets, unchecked, and where it comes from."""
-    config, file = generation_config or {}, "generation_config.json"
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    stated = {name: (config[name], file) for name in names if config.get(name) is not None}
-    do_sample = config.get("do_sample")
-    if do_sample is not None and not isinstance(do_sample, bool):
-        raise CheckpointError(f"generation_config.json: do_sample must be true or false, not {do_sample!r}")
-    if do_sample is False:
-        greedy = {"temperature": (0.0, file)}
-        return greedy | {name: stated[name] for name in stated if name == "repetition_penalty"}
-    return {name: (value, "model card") for name, value in _CARD[is_small, thinking].items()} | stated
+    card = _CARD.get((preset or "general", is_small, thinking))
+    if card is None:
+        mode, size = "with" if thinking else "without", "this size" if is_small else "these sizes"
+        raise PromptError(
+            f"The model card has no sampling for {preset!r} {mode} thinking at {size}: take general, code (with "
+            "thinking), or reasoning (without, from 4B)."
+        )
+    stated: dict[str, tuple[Any, str]] = {}
+    if preset is None:
+        config, file = generation_config or {}, "generation_config.json"
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        stated = {name: (config[name], file) for name in names if config.get(name) is not None}
+        do_sample = config.get("do_sample")
+        if do_sample is not None and not isinstance(do_sample, bool):
+            raise CheckpointError(f"generation_config.json: do_sample must be true or false, not {do_sample!r}")
+        if do_sample is False:
+            greedy = {"temperature": (0.0, file)}
+            return greedy | {name: stated[name] for name in stated if name == "repetition_penalty"}
+    return {name: (value, "model card") for name, value in card.items()} | stated
 
 
 class Sampler:

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import chisquare
 
 from qwen_mlx.decoding.sampling import Sampler, SamplingParams, default_params
-from qwen_mlx.errors import CheckpointError
+from qwen_mlx.errors import CheckpointError, PromptError
 
 REAL, VOCAB = 12, 15
 LOGITS = np.array([2.1, 1.7, -0.4, 1.1, 0.3, -1.2, 0.9, 1.55, -0.2, -2.0, 0.65, 0.05, 9.0, 9.0, 9.0], np.float32)
@@ -405,6 +405,35 @@ def test_defaults_come_from_the_model_card(
     config: dict[str, object] | None, is_small: bool, thinking: bool, expected: SamplingParams
 ) -> None:
     assert default_params(config, is_small=is_small, thinking=thinking) == expected
+
+
+CODE = SamplingParams(temperature=0.6, top_p=0.95, top_k=20)
+REASONING = SamplingParams(temperature=1.0, top_p=1.0, top_k=40, presence_penalty=2.0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "is_small", "thinking", "expected"),
+    [
+        ("code", True, True, CODE),
+        ("code", False, True, CODE),
+        ("reasoning", False, False, REASONING),
+        ("general", False, False, SamplingParams(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5)),
+    ],
+)
+@pytest.mark.parametrize("config", [None, {"temperature": 0.1, "top_k": 3}, {"do_sample": False}])
+def test_a_preset_is_the_model_cards_whatever_the_checkpoint_says(
+    config: dict[str, object] | None, preset: str, is_small: bool, thinking: bool, expected: SamplingParams
+) -> None:
+    assert default_params(config, is_small=is_small, thinking=thinking, preset=preset) == expected
+
+
+@pytest.mark.parametrize(
+    ("preset", "is_small", "thinking"),
+    [("code", True, False), ("reasoning", False, True), ("reasoning", True, False), ("poetry", False, True)],
+)
+def test_a_preset_that_the_card_lacks(preset: str, is_small: bool, thinking: bool) -> None:
+    with pytest.raises(PromptError, match=f"no sampling for '{preset}'.*take general, code"):
+        default_params(None, is_small=is_small, thinking=thinking, preset=preset)
 
 
 @pytest.mark.parametrize(
