@@ -27,9 +27,9 @@ ORDER = [
     ["load"],
     ["load_mtp"],
     ["decoding"],
-    ["generate", "evaluation"],
+    ["generate", "batch", "evaluation"],
     ["conversation"],
-    ["display"],
+    ["display", "mcp_tools"],
     ["repl"],
     ["__init__"],
     ["server", "bench", "perplexity", "convert", "demo"],
@@ -159,12 +159,14 @@ def test_no_text_speaks_of_where_it_was_written(path: str) -> None:
 
 
 PUBLIC = [
+    "BatchAnswer",
     "Chat",
     "GenerationResponse",
     "PrefixStore",
     "PromptCache",
     "SamplingParams",
     "__version__",
+    "batch_generate",
     "generate",
     "load",
     "load_prompt_cache",
