@@ -10,16 +10,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_mlx.cache.quantized_kv import BITS
 from qwen_mlx.chat.template import CUT, render
-from qwen_mlx.cli import Parser, Progress, positive, read_prompt, run
+from qwen_mlx.cli import Parser, Progress, read_prompt, run
 from qwen_mlx.decoding.memory import device_limits
 from qwen_mlx.decoding.preflight import check_memory
 from qwen_mlx.decoding.prompt import check_tokens, room_behind
 from qwen_mlx.decoding.prompt_file import save_prompt_cache
 from qwen_mlx.decoding.reuse import PromptCache, Reuse
 from qwen_mlx.errors import PromptCacheError, PromptError
-from qwen_mlx.hub import DEFAULT_MODEL
+from qwen_mlx.flags import add_memory, add_model
 from qwen_mlx.load import load
 from qwen_mlx.tokenizer import Tokenizer
 
@@ -70,16 +69,12 @@ def _unfinished(tokenizer: Tokenizer, system: str | None, prompt: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="qwen-mlx cache_prompt", description="Compute the beginning of prompts once, into a file.")
     add = parser.add_argument
-    add("--model", default=DEFAULT_MODEL, help=f'folder, hub id, or "demo" (default: {DEFAULT_MODEL})')
-    add("--revision", help="branch, tag or commit on the hub")
+    add_model(parser)
     add("--prompt", "-p", help='the beginning; "-" or nothing reads it from stdin')
     add("--system-prompt", help="instructions that go before it")
     add("--raw", action="store_true", help="a text as it stands, without the chat template")
     add("--prompt-cache-file", required=True, help="where to; a file there is replaced when the new one is complete")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the activations")
-    add("--prefill-step-size", type=positive, help="tokens read at a time (default: as memory allows)")
-    add("--kv-bits", type=int, choices=BITS, help="bits of keys and values, in the full-attention layers only")
-    add("--force", action="store_true", help="try a prompt that memory, by the count of its bytes, has no room for")
+    add_memory(parser)
     add("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -21,29 +21,37 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from qwen_mlx.cache.prefix import PrefixStore
-from qwen_mlx.cache.quantized_kv import BITS
 from qwen_mlx.chat.template import CUT, render
 from qwen_mlx.chat.tools import Tools
-from qwen_mlx.cli import Parser, Progress, positive, read_prompt
+from qwen_mlx.cli import Parser, Progress, read_prompt
 from qwen_mlx.decoding.asked import asked
 from qwen_mlx.decoding.autoregressive import decode
-from qwen_mlx.decoding.drafting import DRAFTS, MODES, drafting
+from qwen_mlx.decoding.drafting import drafting
 from qwen_mlx.decoding.memory import device_limits
 from qwen_mlx.decoding.preflight import STEP_SIZES, check_memory
 from qwen_mlx.decoding.prompt import Prompt
 from qwen_mlx.decoding.prompt_file import load_prompt_cache
 from qwen_mlx.decoding.reuse import PromptCache, Reuse, places_to_keep
-from qwen_mlx.decoding.sampling import PRESETS, SamplingParams
+from qwen_mlx.decoding.sampling import SamplingParams
 from qwen_mlx.decoding.speculative import decode_with_drafts
-from qwen_mlx.errors import PromptError, SchemaError
-from qwen_mlx.hub import DEFAULT_MODEL
+from qwen_mlx.errors import PromptError
+from qwen_mlx.flags import (
+    DRAFTING,
+    MEMORY,
+    THINKING,
+    add_drafting,
+    add_memory,
+    add_model,
+    add_sampling,
+    add_thinking,
+    sampling_of,
+)
 from qwen_mlx.load import load
 from qwen_mlx.model.qwen import Qwen
 from qwen_mlx.tokenizer import Tokenizer
@@ -206,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.prompt_cache_file is not None and args.system_prompt is not None:
         parser.error("--system-prompt stands before all else, in the prompt file: give it to qwen-mlx cache_prompt")
     given = sampling_of(parser, args)
-    thinking = {"auto": None, "on": True, "off": False}[args.thinking]
+    thinking = THINKING[args.thinking]
     if args.raw and (args.system_prompt is not None or thinking is not None):
         parser.error("--system-prompt and --thinking belong to the chat template, which --raw leaves out")
     prompt = read_prompt(args.prompt)
@@ -222,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loaded = time.perf_counter() - start
         if tokenizer.chat_template is None and not args.raw:
             raise PromptError("The model has no chat template; give --raw to continue the prompt as it stands.")
-        options = {name: getattr(args, name) for name in _OPTIONS}
+        options = {name: getattr(args, name) for name in MEMORY + DRAFTING}
         asked: Prompt = prompt if args.raw else messages
         if args.prompt_cache_file is not None:
             known = load_prompt_cache(args.prompt_cache_file, model, tokenizer, kv_bits=args.kv_bits)
@@ -242,77 +250,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _close(args, "".join(pieces), last, loaded)
 
 
-_OPTIONS = "prefill_step_size kv_bits force speculate num_draft_tokens".split()
-
-
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """The flags of sampling, which commands share."""
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, help="sampling of the model card for a use (default: the checkpoint's)")
-    add("--max-tokens", "-m", type=int, help="longest answer in tokens (default: 512)")
-    add("--temp", dest="temperature", type=float, help="temperature; 0 is greedy (default: the checkpoint's)")
-    add("--top-p", type=float, help="sample from the likeliest tokens that hold this much of the mass")
-    add("--top-k", type=int, help="sample from this many of the likeliest tokens; 0: all")
-    add("--min-p", type=float, help="drop tokens less likely than this times the likeliest")
-    add("--repetition-penalty", type=float, help="above 1, tokens of prompt and answer become less likely")
-    add("--presence-penalty", type=float, help="subtracted once from every token of the answer")
-    add("--frequency-penalty", type=float, help="subtracted from a token each time it stands in the answer")
-    add("--seed", type=int, help="the same seed gives the same text")
-    add("--json-schema", metavar="FILE", help="JSON schema of the answer (needs llguidance)")
-
-
-def sampling_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
-    """What `args` say of sampling, checked: what is out of range is the parser's error. SchemaError for a schema that
-    cannot be read."""
-    names = [*(field.name for field in fields(SamplingParams)), "preset"]
-    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
-    try:
-        SamplingParams(**{name: value for name, value in given.items() if name != "preset"})
-    except ValueError as error:
-        parser.error(str(error))
-    return given if args.json_schema is None else given | {"json_schema": _read_schema(args.json_schema)}
-
-
-def _read_schema(path: str) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SchemaError(f"The JSON schema cannot be read: {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise SchemaError(f"The JSON schema {path} is not JSON: {error}.") from error
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="qwen-mlx generate", description="Write a text with a Qwen3.5 model.")
     add = parser.add_argument
-    add("--model", default=DEFAULT_MODEL, help=f'folder, hub id, or "demo" (default: {DEFAULT_MODEL})')
-    add("--revision", help="branch, tag or commit on the hub")
+    add_model(parser)
     add("--prompt", "-p", help='the prompt; "-" or nothing reads it from stdin, which is left alone else')
     add("--system-prompt", help="instructions that go before the prompt")
     add("--raw", action="store_true", help="continue the prompt as it stands, without the chat template")
-    add("--thinking", choices=("auto", "on", "off"), default="auto", help="auto: as the checkpoint's template has it")
+    add_thinking(parser)
     add_sampling(parser)
     add("--stop", action="append", help="end before this text; may be given several times")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the activations")
-    steps = ", ".join(map(str, STEP_SIZES))
-    add("--prefill-step-size", type=positive, help=f"tokens read at a time (default: of {steps} the first that fits)")
-    add(
-        "--kv-bits",
-        type=int,
-        choices=BITS,
-        help="bits of keys and values, in the full-attention layers only; on Metal "
-        "each token is then a graph built anew (default: as computed)",
-    )
-    add(
-        "--speculate",
-        choices=MODES,
-        default="auto",
-        help="draft tokens and verify several at once where that is faster: by the model's own draft head (mtp), or by "
-        "what stood in the text before (ngram); auto: mtp where the model has a head",
-    )
-    add("--num-draft-tokens", type=int, choices=DRAFTS, metavar="N", help="most drafts at a time (default: 4)")
+    add_memory(parser)
+    add_drafting(parser)
     add("--prompt-cache-file", help="file of qwen-mlx cache_prompt; the prompt goes on where its text ends")
-    add("--force", action="store_true", help="try a prompt that memory, by the count of its bytes, has no room for")
     add("--json", action="store_true", help="print one JSON object at the end instead of the text")
     add("--verbose", action="store_true", help="say on stderr how long it took")
     return parser

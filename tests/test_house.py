@@ -27,6 +27,7 @@ ORDER = [
     ["load"],
     ["load_mtp"],
     ["decoding"],
+    ["flags"],
     ["generate", "batch", "evaluation"],
     ["conversation"],
     ["display", "mcp_tools"],
