@@ -91,7 +91,9 @@ def test_progress_ends_at_its_total(checkpoint_of: Callable[[str], Path]) -> Non
     told: list[tuple[int, int]] = []
     model = load_model(checkpoint_of("a-r1-d32"), dtype="float32")
     count = len(quantizable(model))
-    sensitivity(model, WINDOWS[1:], [Form(8, 64)], vocab_size=9, progress=lambda *seen: told.append(seen))
+    sensitivity(
+        model, WINDOWS[1:], [Form(8, 64)], vocab_size=checkpoints.REAL_IDS, progress=lambda *seen: told.append(seen)
+    )
     assert told == [(9 * n, 9 * count) for n in range(count + 1)]
 
 
@@ -99,7 +101,7 @@ def test_a_quantized_model_is_refused(checkpoint_of: Callable[[str], Path]) -> N
     model = load_model(checkpoint_of("a-r1-d32"), dtype="float32")
     nn.quantize(model, group_size=64, bits=8)
     with pytest.raises(ValueError, match="quantized already"):
-        sensitivity(model, WINDOWS, FORMS, vocab_size=9)
+        sensitivity(model, WINDOWS, FORMS, vocab_size=checkpoints.REAL_IDS)
 
 
 @pytest.mark.parametrize(("bits", "group_size", "mode"), [(4, 64, "affine"), (3, 32, "affine"), (4, 32, "mxfp4")])
