@@ -8,9 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
-from rich.console import Console
-from rich.live import Live
+from rich.console import Console, RenderableType
 from rich.markdown import Markdown
+from rich.segment import Segment, Segments
 from rich.text import Text
 
 from qwen_mlx.chat.reply import Content, Thinking, UnfinishedCall
@@ -79,7 +79,7 @@ class _Rich:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live: Live | None = None
+        self._drawn: list[int] = []  # cells of each line of what is still being written
         self._thought, self._began = "", 0.0
         self._block = ""
 
@@ -89,48 +89,62 @@ class _Rich:
                 self._began = time.monotonic()
             self._thought += event.text
             lines = self._thought.splitlines()[-THOUGHT_LINES:]
-            self._draw(Text("\n".join(lines), style="dim italic"))
+            self._show(Text("\n".join(lines), style="dim italic"), stays=False)
             return
         self._fold()
         if isinstance(event, (Content, UnfinishedCall)):
             self._block += event.text
             done, self._block = _complete_blocks(self._block)
-            if done:
-                self._end()
-                self._console.print(Markdown(done))
+            if done.strip():
+                self._show(Markdown(done))
+                self._console.print()
             if self._block.strip():
-                self._draw(Markdown(self._block))
+                self._show(Markdown(self._block), stays=False)
         else:
             self._flush()
-            self._console.print(Text(_in_words(event), style="dim"))
+            self._show(Text(_in_words(event), style="dim"))
 
     def close(self) -> None:
         self._fold()
         self._flush()
 
-    def _draw(self, what: Text | Markdown) -> None:
-        if self._live is None:
-            self._live = Live(console=self._console, transient=True, auto_refresh=False, vertical_overflow="visible")
-            self._live.start()
-        self._live.update(what, refresh=True)
-
-    def _end(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+    def _show(self, what: RenderableType, *, stays: bool = True) -> None:
+        """In place of what was drawn last. Terminals wrap lines that have become too long for them, and of what has
+        left them at the top nothing can be erased: what does not stay is never higher than they are."""
+        width, height = self._console.size
+        lines = [_without_end(line) for line in self._console.render_lines(what, pad=False)]
+        for end in (0, -1):  # some kinds of blocks begin and end with an empty line, others do not
+            while lines and not lines[end]:
+                del lines[end]
+        if not stays:
+            lines = lines[1 - height :]
+        up = sum(max(1, -(-cells // width)) for cells in self._drawn) - 1
+        segments = [Segment(f"\r\x1b[{up}A\x1b[J" if up > 0 else "\r\x1b[J", control=[])] if self._drawn else []
+        for number, line in enumerate(lines, start=1):
+            segments += [*line, Segment.line()] if stays or number < len(lines) else line
+        self._console.print(Segments(segments), end="", crop=False)
+        self._drawn = [] if stays else [Segment.get_line_length(line) for line in lines]
 
     def _flush(self) -> None:
-        self._end()
         if self._block.strip():
-            self._console.print(Markdown(self._block))
+            self._show(Markdown(self._block))
         self._block = ""
 
     def _fold(self) -> None:
         if self._thought:
-            self._end()
             seconds = time.monotonic() - self._began
-            self._console.print(Text(f"thought for {seconds:.1f} s (/thought shows it)", style="dim"))
+            self._show(Text(f"thought for {seconds:.1f} s (/thought shows it)", style="dim"))
             self._thought = ""
+
+
+def _without_end(line: list[Segment]) -> list[Segment]:
+    """Without the spaces that fill a line up, and would be lines of their own in a terminal that becomes narrower."""
+    line = list(line)
+    while line and not (line[-1].style and line[-1].style.bgcolor):
+        last = line.pop()
+        if text := last.text.rstrip(" "):
+            return [*line, Segment(text, last.style)]
+    return line
 
 
 def _complete_blocks(text: str) -> tuple[str, str]:

@@ -8,7 +8,6 @@ import argparse
 import importlib.util
 import inspect
 import json
-import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,18 +16,27 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from qwen_mlx.cache.quantized_kv import BITS
 from qwen_mlx.chat.tools import ToolCall
 from qwen_mlx.cli import Parser, Progress, positive, read_prompt
-from qwen_mlx.conversation import Chat
-from qwen_mlx.decoding.drafting import DRAFTS, MODES
+from qwen_mlx.conversation import Chat, Tool
 from qwen_mlx.display import Display
 from qwen_mlx.errors import PromptError, QwenMLXError
-from qwen_mlx.generate import GenerationResponse, add_sampling, sampling_of
-from qwen_mlx.hub import DEFAULT_MODEL
+from qwen_mlx.flags import (
+    DRAFTING,
+    MEMORY,
+    THINKING,
+    add_drafting,
+    add_memory,
+    add_model,
+    add_sampling,
+    add_thinking,
+    sampling_of,
+)
+from qwen_mlx.generate import GenerationResponse
 from qwen_mlx.load import load
+from qwen_mlx.mcp_tools import mcp_tools
+from qwen_mlx.terminal import read_message
 
-THINKING = {"auto": None, "on": True, "off": False}
 HELP = """\
 /help             this
 /reset            forget all but the system message
@@ -76,8 +84,18 @@ class Repl:
     def say(self, text: str) -> None:
         self.stopped = False
         with self._stopping(), Progress("Prompt") as progress, closing(self.chat.send(text)) as events:
-            self.chat.options["progress"] = progress.update
-            self.display.answer(events, lambda: self.stopped)
+
+            def chunk_done(done: int, total: int) -> None:
+                progress.update(done, total)
+                if self.stopped:
+                    raise _StoppedReading
+
+            self.chat.options["progress"] = chunk_done
+            try:
+                self.display.answer(events, lambda: self.stopped)
+            except _StoppedReading:
+                self.display.note("Stopped before the answer began; /retry goes on from there.")
+                return
         if self.chat.last:
             self.display.note(("Stopped. " if self.stopped else "") + closing_line(self.chat.last))
             if self._verbose and self.chat.last.reuse:
@@ -85,7 +103,8 @@ class Repl:
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
-        """Ctrl-C is answered between two tokens, where all can be kept; a second one breaks off at once."""
+        """Ctrl-C is answered between two tokens or two chunks of a prompt, where all can be kept; a second one breaks
+        off at once."""
 
         def stop(number: int, frame: FrameType | None) -> None:
             if self.stopped:
@@ -160,25 +179,16 @@ class Repl:
         self.chat.messages = messages
 
 
+class _StoppedReading(KeyboardInterrupt):
+    """Ctrl-C came while the prompt was read; the store has what was read up to then."""
+
+
 def closing_line(last: GenerationResponse) -> str:
     return (
         f"{last.generation_tokens} tokens, {last.generation_tps:.1f} tok/s, "
         f"first after {last.time_to_first_token:.2f} s, "
         f"{last.cached_tokens} of {last.prompt_tokens} prompt tokens cached, {last.peak_memory:.2f} GB"
     )
-
-
-def read_message() -> str:
-    """A message from the terminal: a line and those that it goes on in. EOFError when there are no more."""
-    lines = [input("> ")]
-    while lines[-1].endswith("\\") or select.select([sys.stdin], [], [], 0.02)[0]:
-        goes_on = lines[-1].endswith("\\")
-        lines[-1] = lines[-1].removesuffix("\\")
-        try:
-            lines.append(input("… " if goes_on else ""))
-        except EOFError:
-            break
-    return "\n".join(lines)
 
 
 def tools_of(path: Path) -> list[Callable[..., Any]]:
@@ -205,6 +215,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(arguments)
     given = sampling_of(parser, args)
+    with mcp_tools(args.mcp) as tools:
+        _converse(args, given, tools)
+
+
+def _converse(args: argparse.Namespace, given: dict[str, Any], tools: Sequence[Tool]) -> None:
     interactive = sys.stdin is not None and sys.stdin.isatty()
     model, tokenizer = load(args.model, revision=args.revision, dtype=args.dtype)
     try:
@@ -212,12 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model,
             tokenizer,
             system=args.system_prompt,
-            tools=tools_of(Path(args.tools)) if args.tools else (),
+            tools=[*(tools_of(Path(args.tools)) if args.tools else []), *tools],
             approve=ask if interactive else lambda call: False,
             thinking=THINKING[args.thinking],
             thinking_budget=args.thinking_budget,
             loop_guard=not args.no_loop_guard,
-            **{name: getattr(args, name) for name in _OPTIONS},
+            **{name: getattr(args, name) for name in MEMORY + DRAFTING},
             **given,
         )
     except ValueError as error:
@@ -235,8 +250,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if repl.stopped:
             raise KeyboardInterrupt
         return
-    import readline  # noqa: F401  lines can be edited, and earlier ones come back
-
     repl.display.note(f"{args.model}. /help lists the commands.")
     while True:
         try:
@@ -252,27 +265,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print()
 
 
-_OPTIONS = "prefill_step_size kv_bits force speculate num_draft_tokens".split()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="qwen-mlx chat", description="Talk with a Qwen3.5 model.")
     add = parser.add_argument
-    add("--model", default=DEFAULT_MODEL, help=f'folder, hub id, or "demo" (default: {DEFAULT_MODEL})')
-    add("--revision", help="branch, tag or commit on the hub")
+    add_model(parser)
     add("--system-prompt", help="instructions that go before the conversation")
-    add("--thinking", choices=tuple(THINKING), default="auto", help="auto: as the checkpoint's template has it")
+    add_thinking(parser)
     add("--thinking-budget", type=positive, help="tokens of thought after which its end is written for the model")
     add("--show-thinking", action="store_true", help="in a pipe, thought goes to stdout too, not to stderr")
     add("--no-loop-guard", action="store_true", help="let a thought that goes in circles go on")
-    add("--tools", help="Python file whose typed functions the model may call, each after asking")
+    add("--tools", metavar="FILE", help="Python file whose typed functions the model may call, each after asking")
+    add("--mcp", action="append", default=[], metavar="COMMAND", help="starts an MCP server, whose tools are added")
     add_sampling(parser)
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the activations")
-    add("--prefill-step-size", type=positive, help="tokens read at a time (default: as memory allows)")
-    add("--kv-bits", type=int, choices=BITS, help="bits of keys and values, in the full-attention layers only")
-    add("--speculate", choices=MODES, default="auto", help="draft several tokens at once where that is faster")
-    add("--num-draft-tokens", type=int, choices=DRAFTS, metavar="N", help="most drafts at a time (default: 4)")
+    add_memory(parser)
+    add_drafting(parser)
     add("--prompt-cache-file", help="go on from the conversation in this file, and keep it there when leaving")
     add("--verbose", action="store_true", help="say after each answer what of the prompt was known")
-    add("--force", action="store_true", help="try a prompt that memory, by the count of its bytes, has no room for")
     return parser

@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from rich.console import Console
 
 from qwen_mlx.chat.reply import Content, Thinking, UnfinishedCall
 from qwen_mlx.chat.tools import ToolCall
-from qwen_mlx.conversation import Cut, ToolResult
+from qwen_mlx.conversation import Cut, Event, ToolResult
 from qwen_mlx.display import Display, _complete_blocks
+from tests.screen import Screen
 
 CALL = ToolCall("get_weather", {"city": "Paris"})
 EVENTS = [
@@ -32,15 +34,27 @@ def never() -> bool:
 @pytest.fixture
 def terminal() -> Display:
     display = Display()
-    display._out = Console(file=io.StringIO(), force_terminal=True, width=60, highlight=False, color_system=None)
+    display._out = Console(
+        file=io.StringIO(), force_terminal=True, width=60, height=10, highlight=False, color_system=None
+    )
     display._plain = False
     return display
 
 
+def written_to(display: Display) -> str:
+    assert isinstance(display._out.file, io.StringIO)
+    return display._out.file.getvalue().replace("\n", "\r\n")
+
+
 def shown(display: Display) -> str:
     """All that was written to the terminal, without the sequences that move the cursor and erase."""
-    assert isinstance(display._out.file, io.StringIO)
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", display._out.file.getvalue())
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written_to(display)).replace("\r", "")
+
+
+def on_screen(display: Display) -> Screen:
+    screen = Screen(60, 10)
+    screen.write(written_to(display))
+    return screen
 
 
 def test_a_pipe_gets_the_content_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +138,54 @@ def test_a_terminal_shows_what_was_there_before_an_error(terminal: Display) -> N
     with pytest.raises(RuntimeError):
         terminal.answer(broken(), never)
     assert shown(terminal).rstrip().endswith("Half an answer")
+
+
+def test_paragraphs_are_a_line_apart_as_they_come(terminal: Display) -> None:
+    terminal.answer([Content(text) for text in ("one\n", "\ntwo\n\n", "- three\n\n", "four")], never)
+    assert on_screen(terminal).text == "one\n\ntwo\n\n • three\n\nfour"
+
+
+def test_lines_are_not_filled_up_with_spaces(terminal: Display) -> None:
+    """They would be empty lines where the terminal becomes narrower."""
+    terminal.answer([Content("Some words."), CALL], never)
+    assert [line for line in shown(terminal).split("\n") if line.endswith(" ")] == []
+
+
+def test_the_end_of_a_high_block_is_seen_while_it_is_written(terminal: Display) -> None:
+    """And the terminal, of 10 rows, is left with each line once."""
+    lines = [f"line {number}" for number in range(30)]
+    ends: list[str] = []
+
+    def written() -> Iterator[Event]:
+        yield Content("```\n")
+        for line in lines:
+            yield Content(f"{line}\n")
+            ends.append(on_screen(terminal).text.split("\n")[-1].strip())
+        yield Content("```")
+
+    terminal.answer(written(), never)
+    assert ends == lines
+    assert re.findall(r"line \d+", on_screen(terminal).text) == lines
+
+
+def test_what_was_drawn_is_found_again_in_a_narrower_terminal(terminal: Display) -> None:
+    """Lines that were drawn for 60 columns stand in two rows of 40 then."""
+    text = "word " * 30
+
+    def written() -> Iterator[Event]:
+        yield Content(text)
+        screen = on_screen(terminal)
+        screen.resize(40, 10)
+        screens.append(screen)
+        terminal._out.file.seek(0)
+        terminal._out.file.truncate()
+        terminal._out.width = 40
+        yield Content("end.")
+
+    screens: list[Screen] = []
+    terminal.answer(written(), never)
+    screens[0].write(written_to(terminal))
+    assert " ".join(screens[0].text.split()) == f"{text}end."
 
 
 def test_a_terminal_says_what_tools_do(terminal: Display) -> None:

@@ -30,7 +30,7 @@ ORDER = [
     ["flags"],
     ["generate", "batch", "evaluation"],
     ["conversation"],
-    ["display", "mcp_tools"],
+    ["display", "mcp_tools", "terminal"],
     ["repl"],
     ["__init__"],
     ["server", "bench", "perplexity", "convert", "demo"],

@@ -2,26 +2,29 @@
 
 import json
 import os
-import pty
 import re
-import select
+import readline
 import signal
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from qwen_mlx import load
+from qwen_mlx import conversation, load
 from qwen_mlx.chat.tools import ToolCall
+from qwen_mlx.cli import Progress
 from qwen_mlx.conversation import Chat
 from qwen_mlx.display import Display
 from qwen_mlx.errors import PromptError
+from qwen_mlx.generate import GenerationResponse
 from qwen_mlx.repl import Repl, ask, closing_line, main, tools_of
+from tests.terminal import Terminal
 
 MODEL, TOKENIZER = load("demo")
 COMMAND = [sys.executable, "-m", "qwen_mlx.chat", "--model", "demo", "--temp", "0"]
@@ -209,6 +212,82 @@ def test_ctrl_c_is_python_s_own_again_after_an_answer(repl: Repl) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_ctrl_c_while_the_prompt_is_read(
+    repl: Repl, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No chunk is read after the one in which it came, and those before need not be read again."""
+    told: list[tuple[int, int]] = []
+
+    def interrupted(progress: Progress, done: int, total: int) -> None:
+        told.append((done, total))
+        if len(told) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    repl.chat.options["prefill_step_size"] = 16
+    monkeypatch.setattr(Progress, "update", interrupted)
+    repl.handle("Tell me a story about an owl.")
+    total = told[0][1]
+    assert told == [(0, total), (16, total), (32, total), (48, total)]
+    assert total > 64
+    assert repl.chat.messages[5:6] == [{"role": "user", "content": "Tell me a story about an owl."}]
+    assert noted(capsys) == "Stopped before the answer began; /retry goes on from there.\n"
+    repl.handle("/retry")
+    assert repl.chat.last is not None
+    assert 16 < repl.chat.last.cached_tokens <= 48
+    assert repl.chat.messages[6]["content"]
+
+
+def known(repl: Repl) -> tuple[int, int]:
+    """Of the last prompt the tokens that were not computed, and all."""
+    assert repl.chat.last is not None
+    return repl.chat.last.cached_tokens, repl.chat.last.prompt_tokens
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("again", [["/retry"], ["/undo", "Tell me a story."]], ids=["retry", "undo"])
+def test_the_same_message_again_computes_one_token(repl: Repl, thinking: bool, again: list[str]) -> None:
+    """The last one, whose logits are wanted."""
+    repl.chat.thinking = thinking
+    repl.handle("What is 3 + 4?")
+    repl.handle("Tell me a story.")
+    _, count = known(repl)
+    for _ in range(2):
+        for line in again:
+            repl.handle(line)
+        assert known(repl) == (count - 1, count)
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_another_message_in_its_place_computes_that_message(repl: Repl, thinking: bool) -> None:
+    repl.chat.thinking = thinking
+    repl.handle("What is 3 + 4?")
+    repl.handle("Tell me a story.")
+    before, _, _ = repl.chat.prompt().partition("<|im_start|>user\nTell me a story.")
+    repl.handle("/edit Who are you?")
+    assert known(repl)[0] == len(TOKENIZER.encode(before))
+
+
+def test_a_message_with_tools_again_computes_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_weather(city: str) -> str:
+        """Get the weather in a city."""
+        return "sunny"
+
+    repl = Repl(Chat(MODEL, TOKENIZER, tools=[get_weather], temperature=0, max_tokens=60), Display())
+    firsts: list[GenerationResponse] = []
+    written = conversation.stream_generate
+
+    def heard(*arguments: Any, **options: Any) -> Iterator[GenerationResponse]:
+        for number, response in enumerate(written(*arguments, **options)):
+            firsts.extend([response] if number == 0 else [])
+            yield response
+
+    monkeypatch.setattr(conversation, "stream_generate", heard)
+    repl.handle("What is the weather in Paris?")
+    repl.handle("/retry")
+    assert roles(repl) == "user assistant tool assistant"
+    assert [first.prompt_tokens - first.cached_tokens for first in firsts[2:]] == [1, 1]
+
+
 def test_closing_line() -> None:
     last: Any = SimpleNamespace(
         generation_tokens=12,
@@ -262,6 +341,12 @@ def test_the_end_of_input_is_no_yes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ask(ToolCall("add", {}))
 
 
+def test_the_package_of_mcp_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mcp", None)
+    with pytest.raises(PromptError, match=r'which is not here: pip install "qwen-mlx\[mcp\]"'):
+        main(["--model", "demo", "--mcp", "a-server"])
+
+
 def test_a_parameter_out_of_range(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--model", "demo", "--top-p", "7"])
@@ -301,76 +386,6 @@ def test_ctrl_c_ends_a_pipe_with_130() -> None:
     assert b"Stopped." in said
 
 
-class Terminal:
-    """The command in a terminal of its own: what is typed there, and what it shows."""
-
-    def __init__(self, command: Sequence[str]) -> None:
-        self.master, slave = pty.openpty()
-        environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "INPUTRC": os.devnull}
-        self.process = subprocess.Popen(
-            command,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env=environment,
-            preexec_fn=_own_terminal,
-        )
-        os.close(slave)
-        self.shown = ""
-
-    def type(self, text: str) -> None:
-        data = text.encode()
-        while data:
-            ready, writable, _ = select.select([self.master], [self.master], [], 60)
-            if ready:
-                self._read()
-            if writable:
-                data = data[os.write(self.master, data[:512]) :]
-
-    def interrupt_until(self, shown: str) -> None:
-        """Ctrl-C until `shown` is: input() misses one that comes just before it begins to wait for a key."""
-        for _ in range(60):
-            self.type("\x03")
-            end = time.monotonic() + 1
-            while time.monotonic() < end and shown not in self.shown:
-                if select.select([self.master], [], [], 0.1)[0]:
-                    self._read()
-            if shown in self.shown:
-                break
-        self.until(shown)
-
-    def until(self, pattern: str) -> str:
-        """Wait for `pattern` in what was shown since the last call; returns what was shown up to it."""
-        end = time.monotonic() + 90
-        while not (found := re.search(pattern, self.shown, re.DOTALL)):
-            assert time.monotonic() < end, self.shown
-            if select.select([self.master], [], [], 1)[0]:
-                self._read()
-        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
-        return before
-
-    def _read(self) -> None:
-        try:
-            new = os.read(self.master, 65536)
-        except OSError as error:  # on Linux, when nobody has the other side open any more
-            raise AssertionError(self.shown) from error
-        self.shown += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", new.decode(errors="replace"))
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        os.close(self.master)
-
-
-def _own_terminal() -> None:
-    os.setsid()
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
 @pytest.fixture
 def terminal() -> Iterator[Terminal]:
     terminal = Terminal([*COMMAND, "--max-tokens", "2000", "--dtype", "float32"])
@@ -404,6 +419,15 @@ def test_ctrl_c_keeps_the_conversation(terminal: Terminal, tmp_path: Path) -> No
     messages = json.loads((tmp_path / "talk").read_text())["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant"]
     assert messages[1]["content"]
+
+
+def test_one_ctrl_c_stops_the_reading_of_a_long_prompt(terminal: Terminal) -> None:
+    terminal.type("One owl sat on a tree.\n" * 2000)
+    terminal.until(r"Prompt: \d+ of \d+ tokens")
+    terminal.type("\x03")
+    shown = terminal.until("Stopped before the answer began; .*> ")
+    assert "tok/s" not in shown
+    assert left(terminal) == 0
 
 
 def test_ctrl_c_at_the_prompt_brings_a_new_one(terminal: Terminal) -> None:
@@ -445,14 +469,44 @@ def test_a_line_that_goes_on_in_the_next(terminal: Terminal, tmp_path: Path) -> 
     assert json.loads((tmp_path / "talk").read_text())["messages"][0]["content"] == "one \ntwo"
 
 
-def test_a_paste_is_one_message(tmp_path: Path) -> None:
-    lines = [f"line {i}" for i in range(2000)]
+LINES = [f"line {i} of a long text" for i in range(10_000)]
+
+
+@pytest.mark.parametrize(
+    ("typed", "then", "message"),
+    [
+        pytest.param("\r".join(LINES) + "\r", "", "\n".join(LINES), id="at_once"),
+        pytest.param("\r".join(LINES), " is edited\r", "\n".join(LINES) + " is edited", id="without_a_last_end"),
+        pytest.param(
+            "\x1b[200~" + "\r".join(LINES) + "\x1b[201~",
+            "\r",
+            "\n".join(LINES),
+            id="in_brackets",
+            marks=pytest.mark.skipif("libedit" in str(readline.__doc__), reason="libedit does not know the brackets"),
+        ),
+        pytest.param("\r".join(["ä" * 9000] * 3) + "\r", "", "\n".join(["ä" * 9000] * 3), id="long_lines"),
+        pytest.param("one \\\rtwo \\\r\rthree\r", "", "one \\\ntwo \\\n\nthree", id="backslashes"),
+    ],
+)
+def test_a_paste_is_one_message(tmp_path: Path, typed: str, then: str, message: str) -> None:
     read = f"import pathlib, readline, qwen_mlx.repl as r; pathlib.Path({str(tmp_path / 'message')!r}).write_text"
-    terminal = Terminal([sys.executable, "-c", f"{read}(r.read_message()); print('and', 'done')"])
+    terminal = Terminal([sys.executable, "-c", f"{read}(r.read_message(), 'utf-8'); print('and', 'done')"])
     try:
         terminal.until("> ")
-        terminal.type("\n".join(lines) + "\n")
+        terminal.type(typed)
+        if then:
+            terminal.until(LINES[-1])
+            terminal.type(then)
         terminal.until("and done")
     finally:
         terminal.close()
-    assert (tmp_path / "message").read_text().split("\n") == lines
+    assert (tmp_path / "message").read_text("utf-8") == message
+
+
+def test_the_terminal_is_afterwards_as_it_was(terminal: Terminal) -> None:
+    """It puts lines together and shows what is typed, while an answer is written."""
+    terminal.type("Tell me a story about an owl.\n")
+    terminal.until("owl.*owl")
+    modes = termios.tcgetattr(terminal.master)[3]
+    assert modes & termios.ICANON
+    assert modes & termios.ECHO

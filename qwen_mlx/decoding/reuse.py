@@ -152,19 +152,21 @@ def places_to_keep(tokenizer: Tokenizer, tokens: Sequence[int], start: int, step
     """Ascending offsets between `start` and the end of `tokens`, which is read in chunks of `step_size` from there.
 
     Beginnings of messages, the assistant's among them: what is generated behind it will stand there in another form
-    when it is rendered again. All of the last CHECKPOINTS, and of those before, which in a conversation were the last
-    ones once, the first and those APART from each other. The place TAIL tokens before the end, unless a message begins
-    nearer. Ends of chunks where nothing else lies within SPACING tokens.
+    when it is rendered again. The last three, and of those before, which in a conversation were the last ones once, the
+    first and those APART from each other. The place TAIL tokens before the end, or, where a message begins nearer, that
+    before the last token: such a prompt comes again as a whole when its answer is made again. With the last beginnings
+    it makes the CHECKPOINTS that a cache keeps. Ends of chunks where nothing else lies within SPACING tokens.
     """
     message = tokenizer.token_to_id(MESSAGE_START)
     starts = [i for i in range(start + 1, len(tokens)) if tokens[i] == message]
-    places = set(starts[-CHECKPOINTS:])
+    places = set(starts[1 - CHECKPOINTS :])
     last = -APART
     for place in starts:
         if place - last >= APART:
             places.add(place)
             last = place
-    if (tail := len(tokens) - TAIL) > start and not any(place >= tail for place in places):
+    last_tokens = 1 if message in tokens[-TAIL:] else TAIL
+    if (tail := len(tokens) - last_tokens) > start:
         places.add(tail)
     for end in range(start + step_size, len(tokens), step_size):
         if not any(end - SPACING < place <= end for place in (start, *places)):
