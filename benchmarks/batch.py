@@ -13,10 +13,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
-from blas import preload
+BLAS: dict[str, Any] = {}
+if __name__ == "__main__":  # before MLX is imported
+    from blas import preload
 
-BLAS = preload()
+    BLAS = preload()
 
 import mlx.core as mx  # noqa: E402
 import mlx_lm  # noqa: E402

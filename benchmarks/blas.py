@@ -10,19 +10,25 @@ import sys
 from typing import Any
 
 
-def preload(name: str = "libopenblas.so.0") -> dict[str, Any]:
+def preload(name: str = "libopenblas.so.0", *, threads: int | None = None) -> dict[str, Any]:
     """Load that BLAS in place of the wheel's, which works only before MLX is imported; what a report says of it.
+
+    With `threads` 1 it makes none of its own: they wait by spinning for some 20 ms, and on two cores slow down what
+    MLX's and Python's threads do behind a matmul of several rows.
 
     "wheel" keeps the one MLX brings, as does a system without OpenBLAS (`apt-get install libopenblas0-pthread`).
     """
     core = None
+    if threads is not None:
+        os.environ["OPENBLAS_NUM_THREADS"] = str(threads)
     if name != "wheel" and sys.platform == "linux":
         try:
             core = _core(ctypes.CDLL(name, ctypes.RTLD_GLOBAL))
         except OSError:
             print(f"{name} is not there: measured with the slow BLAS of MLX's wheel", file=sys.stderr)
             name = "wheel"
-    return {"blas": name, "blas_core": core, "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE")}
+    return {"blas": name, "blas_core": core, "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE"),
+            "openblas_threads": os.environ.get("OPENBLAS_NUM_THREADS")}  # fmt: skip
 
 
 def _core(library: ctypes.CDLL) -> str | None:

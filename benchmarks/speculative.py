@@ -23,9 +23,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from blas import preload
+BLAS: dict[str, Any] = {}
+if __name__ == "__main__":  # before MLX is imported
+    from blas import preload
 
-BLAS = preload()
+    BLAS = preload(threads=1)
 
 import mlx.core as mx  # noqa: E402
 
@@ -134,18 +136,18 @@ def measured(rounds: int) -> dict[str, Any]:
     sizes = {"vocab_size": model.config.text.vocab_size, "num_real_tokens": tokenizer.vocab_size}
     endless = SamplingParams(logit_bias={token: -1e4 for token in model.config.eos_token_ids})
     draw = random.Random(1)
-    noise = [draw.randrange(300, tokenizer.vocab_size) for _ in range(TOKENS + 8)]
+    noise = [[draw.randrange(300, tokenizer.vocab_size) for _ in range(TOKENS)] for _ in PROMPTS]
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    texts: dict[str, tuple[list[list[int]], Callable[[], Sampler]]] = {
-        "text like its training text": (prompts, lambda: Sampler(endless, [], **sizes)),
-        "random text": ([noise[:8]], lambda: Dictated(noise[8:], **sizes)),
+    texts: dict[str, list[Callable[[], Sampler]]] = {
+        "text like its training text": [lambda: Sampler(endless, [], **sizes)] * len(prompts),
+        "random text": [lambda text=text: Dictated(text, **sizes) for text in noise],  # type: ignore[misc]
     }
     decoded(model, prompts[0], Sampler(endless, [], **sizes), "off")  # the first of all makes buffers
     found: dict[str, Any] = {"device": str(mx.default_device()), **BLAS}
-    for name, (prompts, sampler) in texts.items():
+    for name, samplers in texts.items():
         ratios, drafts = [], []
         for pair in range(rounds):
-            for prompt in prompts:
+            for prompt, sampler in zip(prompts, samplers):
                 order = ("off", "auto") if pair % 2 else ("auto", "off")
                 runs = {mode: decoded(model, prompt, sampler(), mode) for mode in order}
                 ratios.append(runs["off"][0] / runs["auto"][0])

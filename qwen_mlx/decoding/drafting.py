@@ -107,10 +107,14 @@ class Fixed:
 
 
 class Measured:
-    """Seconds of rounds with 0, 1 and 2 drafts, as far as they are known."""
+    """Seconds of rounds with 0, 1 and 2 drafts, each with the two plain steps behind it, as far as they are known.
 
-    # The first round of each kind makes its kernels and buffers.
-    PLAN = (0, 0, 0, 0, 1, 1, 1, 2, 2, 2)
+    A round with drafts leaves work to the steps behind it: what was drafted in vain is taken back there, and the host
+    cannot prepare the next step while the device verifies.
+    """
+
+    PLAN = (0, 0, 0, 1, 1, 1, 2, 2, 2)
+    """Of each kind the first makes its kernels and buffers, and does not count."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, list[float]] = {k: [] for k in self.PLAN}
@@ -124,9 +128,11 @@ class Measured:
 
     def costs(self, most: int) -> Costs:
         """Of rounds with up to `most` drafts, by a line through what was measured."""
-        none, one, *two = (median(self._seconds[k][1:]) for k in range(min(most, 2) + 1))
+        plain, *rounds = (median(self._seconds[k][1:]) for k in range(min(most, 2) + 1))
+        none, (one, *two) = plain / 3, (seconds - plain * 2 / 3 for seconds in rounds)
+        one = max(one, none)
         slope = max((two[0] - none) / 2, 0.0) if two else 0.0
-        return Costs((none, one, *(max(one, none) + slope * (k - 1) for k in range(2, most + 1))))
+        return Costs((none, one, *(one + slope * (k - 1) for k in range(2, most + 1))))
 
 
 class Learning:
@@ -138,11 +144,13 @@ class Learning:
         self._slow_rows = (gpu_generation() or M3) < M3
         self._plain = SETTLED if self._slow_rows else 0
         self._seen: list[tuple[int, int]] = []
+        self._run: list[float] = []  # seconds of the rounds of what is being measured
         self._decide()
 
     @property
     def timed(self) -> bool:
-        return self._lengths is None and not self._plain
+        """Only the last of what is measured is waited for: the steps before overlap as they will."""
+        return self._lengths is None and not self._plain and len(self._run) == 2
 
     def choose(self) -> int:
         if self._lengths is not None:
@@ -150,7 +158,7 @@ class Learning:
         if self._plain:
             self._plain -= 1
             return 0
-        return self._measured.next(self._most) or 0
+        return 0 if self._run else self._measured.next(self._most) or 0
 
     def observe(self, k: int, accepted: int, seconds: float) -> None:
         if self._lengths is not None:
@@ -158,8 +166,14 @@ class Learning:
             return
         if k:
             self._seen.append((k, accepted))
-        if self.timed and k == self._measured.next(self._most):
-            self._measured.add(k, seconds)
+        if self._plain:
+            return
+        kind = self._measured.next(self._most)
+        assert kind is not None
+        self._run = [*self._run, seconds] if k == (0 if self._run else kind) else []
+        if len(self._run) == 3:
+            self._measured.add(kind, sum(self._run))
+            self._run = []
         self._decide()
 
     def _decide(self) -> None:

@@ -28,8 +28,9 @@ Decoded = tuple[int, mx.array, bool]
 
 
 class Lengths(Protocol):
-    """Decides on the number of drafts of each round. While `timed`, the seconds it is told are those of a whole round,
-    else no more than those until it was on its way to the device."""
+    """Decides on the number of drafts of each round. It is told the seconds of a round in this loop, without those of
+    whoever takes the tokens. Where it is `timed`, the device has finished by then; else a plain step is still on its
+    way."""
 
     @property
     def timed(self) -> bool: ...
@@ -63,12 +64,13 @@ def decode_with_drafts(
     mx.async_eval(token)
     drafter.take(None, token)
     cleared = count
+    since = time.perf_counter()
     missed = rest = 0  # nothing was found to draft so often in a row; tokens before it is looked for again
     while count:
         if cleared - count >= 256:
             mx.clear_cache()  # for the reason that `decode` has
             cleared = count
-        start, drafts = time.perf_counter(), None
+        drafts = None
         wanted = 0 if rest else min(lengths.choose(), count - 1)
         rest = max(0, rest - 1)
         if wanted:
@@ -83,29 +85,39 @@ def decode_with_drafts(
                 token, row = sampler(logits), logits[0]
                 mx.async_eval(token)
                 drafter.take(hidden, token)
+            known = int(current.item())  # type: ignore[arg-type]
+            if count:
+                if lengths.timed:
+                    mx.eval(token)
+                now = time.perf_counter()
                 if not wanted and not rest:  # else it tells nothing of what a plain step takes
-                    if lengths.timed:
-                        mx.eval(token)
-                    lengths.observe(0, 0, time.perf_counter() - start)
-            yield int(current.item()), current_row, False  # type: ignore[arg-type]
+                    lengths.observe(0, 0, now - since)
+                since = now
+            paused = time.perf_counter()
+            yield known, current_row, False
+            since += time.perf_counter() - paused
             continue
         hidden = model.hidden(model.embed(mx.concatenate([token, drafts])[None]), cache)
         rows = model.logits(hidden)[0]
         accepted, after = accept(sampler, rows, drafts=drafts, draft_logits=drawn_from)
         mx.async_eval(accepted, after)
-        if lengths.timed:
-            mx.eval(accepted, after)
-        seconds = time.perf_counter() - start
         unseen = drafts.size  # tokens in the cache that have not been yielded
         try:
-            yield int(token.item()), row, False  # type: ignore[arg-type]
+            known = int(token.item())  # type: ignore[arg-type]
+            paused = time.perf_counter()
+            yield known, row, False
+            since += time.perf_counter() - paused
             stand = int(accepted.item())  # type: ignore[arg-type]
             cache.rewind(unseen - stand)
-            lengths.observe(drafts.size, stand, seconds)
+            now = time.perf_counter()
+            lengths.observe(drafts.size, stand, now - since)
+            since = now
             unseen = stand
             for i, draft in enumerate(np.array(drafts[:stand]).tolist()):
                 unseen -= 1
+                paused = time.perf_counter()
                 yield draft, rows[i], True
+                since += time.perf_counter() - paused
         except GeneratorExit:
             cache.rewind(unseen)
             raise

@@ -81,7 +81,8 @@ def recurrent_gated_delta_scan(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """o, the new state and d [B, T, Hv, Dv]; for each token the state is read once.
 
-    With d = beta (v - S k), o = S q + (k . q) d needs no second pass.
+    With d = beta (v - exp(g) S k), o = exp(g) S q + (k . q) d needs no second pass, and all of it but S k, d and S
+    itself is computed for all tokens at once.
     """
     B, T, Hk, Dk = q.shape
     Hv, Dv = v.shape[2:]
@@ -90,17 +91,22 @@ def recurrent_gated_delta_scan(
     alpha = mx.exp(g).reshape(B, T, Hk, -1, 1, 1)
     beta = beta.astype(mx.float32).reshape(B, T, Hk, -1, 1, 1)
     columns = mx.concatenate([k, q], axis=-2).swapaxes(-1, -2)  # [B, T, Hk, 1, Dk, 2]
-    overlap = (k * q).sum(axis=-1, keepdims=True)
     state = state.reshape(B, Hk, -1, Dv, Dk)
-    outputs, deltas = [], []
-    for t in range(T):
-        read = alpha[:, t] * (state @ columns[:, t])  # [B, Hk, Hv/Hk, Dv, 2]
-        delta = beta[:, t] * (v[:, t] - read[..., :1])
-        outputs.append(read[..., 1:] + delta * overlap[:, t])
+    reads, deltas = [], []
+    for a, b, x, key, column in zip(*(_tokens(x) for x in (alpha, beta, v, k, columns))):
+        read = a * (state @ column)  # [B, Hk, Hv/Hk, Dv, 2]
+        delta = b * (x - read[..., :1])
+        state = a * state + delta * key
+        reads.append(read)
         deltas.append(delta)
-        state = alpha[:, t] * state + delta * k[:, t]
-    o, d = (mx.stack(x, axis=1).reshape(B, T, Hv, Dv) for x in (outputs, deltas))
-    return o, state.reshape(B, Hv, Dv, Dk), d
+    d = mx.stack(deltas, axis=1)
+    o = mx.stack(reads, axis=1)[..., 1:] + d * (k * q).sum(axis=-1, keepdims=True)
+    return o.reshape(B, T, Hv, Dv), state.reshape(B, Hv, Dv, Dk), d.reshape(B, T, Hv, Dv)
+
+
+def _tokens(x: mx.array) -> list[mx.array]:
+    """[B, T, ...] -> T times [B, ...]"""
+    return [x[:, t] for t in range(x.shape[1])]
 
 
 def metal_gated_delta_scan(
