@@ -2,9 +2,9 @@
 
     env -u OPENBLAS_CORETYPE python benchmarks/batch.py
 
-All three write the same greedy texts in one process, by turns; wall time with the prompts read, medians, and ratios
-pair by pair. mlx-lm reads the same folder, in the same dtype. The JSON says how many texts of our batch are those of a
-run alone: a batch adds sums in another order. The last line is one JSON object.
+All three write texts of one length greedily, in one process and by turns; wall time with the prompts read, medians, and
+ratios pair by pair. mlx-lm reads the same folder, in the same dtype. The JSON, on the last line, says how many texts of
+our batch are those of a run alone: a batch adds sums in another order.
 """
 
 import argparse

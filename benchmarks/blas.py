@@ -27,6 +27,8 @@ def preload(name: str = "libopenblas.so.0", *, threads: int | None = None) -> di
         except OSError:
             print(f"{name} is not there: measured with the slow BLAS of MLX's wheel", file=sys.stderr)
             name = "wheel"
+    else:
+        name = "as MLX has it"
     return {"blas": name, "blas_core": core, "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE"),
             "openblas_threads": os.environ.get("OPENBLAS_NUM_THREADS")}  # fmt: skip
 

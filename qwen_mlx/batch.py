@@ -47,10 +47,17 @@ def batch_generate(
 ) -> list[BatchAnswer]:
     """Answer each of `prompts`, at most `batch_size` at a time: where one is finished, the next takes its place.
 
-    Each answer is the one that `generate` gives to the prompt alone, but for near ties: sums are made in another order.
-    Other arguments, and errors, are those of `stream_generate`; MemoryLimitError counts `batch_size` texts as long as
-    the longest. `progress(done, total)` follows the answers.
+    Each answer is the one that its prompt gets alone, given a seed or temperature 0, but for near ties: sums are made
+    in another order. The other arguments are those of `stream_generate`. `progress(done, total)` follows the answers,
+    which are lost if it is interrupted.
+
+    Raises what `stream_generate` does, MemoryLimitError for `batch_size` texts as long as the longest, TypeError for
+    `prompts` that are one text, and ValueError for a `batch_size` that is not an integer of at least 1.
     """
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a list of prompts, not one text.")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer, at least 1, not {batch_size!r}.")
     ready = [
         asked(
             model,
@@ -76,19 +83,23 @@ def batch_generate(
         force=force,
         rows=min(batch_size, len(ready)),
     )
-    prompt_tokens, samplers = [each.tokens for each in ready], [each.sampler for each in ready]
-    steps = decode_batch(model, prompt_tokens, samplers, size=batch_size, step_size=plan.step_size)
+    texts = [each.text for each in ready]
+    ready.reverse()
+    waiting = (ready.pop() for _ in texts)  # a sampler with penalties takes as much memory as the vocabulary
+    steps = decode_batch(
+        model, ((each.tokens, each.sampler) for each in waiting), size=batch_size, step_size=plan.step_size
+    )
     with device_limits(), closing(steps):
         number, token = next(steps)
         while True:
             answer = answers[number]
-            text, answer.finish_reason = ready[number].text.add(token)
+            text, answer.finish_reason = texts[number].add(token)
             answer.text += text
             answer.tokens.append(token)
             if answer.finish_reason:
                 left -= 1
                 if progress:
-                    progress(len(ready) - left, len(ready))
+                    progress(len(answers) - left, len(answers))
             if left == 0:
                 return answers
             number, token = steps.send(answer.finish_reason is None)

@@ -20,6 +20,7 @@ from qwen_mlx.chat.loops import repeats
 from qwen_mlx.chat.reply import Part, ReplySplitter, Thinking, leaves_thinking_open
 from qwen_mlx.chat.template import render
 from qwen_mlx.chat.tools import ToolCall, schema_of, to_openai
+from qwen_mlx.decoding.asked import recommended_params
 from qwen_mlx.decoding.prefill import prefill
 from qwen_mlx.decoding.prompt_file import load_prompt_cache, save_prompt_cache
 from qwen_mlx.decoding.reuse import PromptCache
@@ -227,11 +228,14 @@ class Chat:
 
     def _written(self, tokens: list[int], *, thinks: bool) -> Iterator[str | Cut]:
         """The text of an answer as it comes; where a thought is cut off, why, and then its end."""
-        own = self.options.get("max_tokens")
-        left = SamplingParams().max_tokens if own is None else own
+        options = dict(self.options)
+        left = SamplingParams().max_tokens if options.get("max_tokens") is None else options["max_tokens"]
+        if options.get("params") is None:  # also where the rest of the answer is asked for without thinking
+            preset = options.pop("preset", None)
+            options["params"] = recommended_params(self.model, thinking=thinks, preset=preset)
         while True:
             text, new, cut = "", list[int](), None
-            options = self.options | {"max_tokens": left}
+            options["max_tokens"] = left
             answer = stream_generate(self.model, self.tokenizer, tokens, tools=self._schemas, **options)
             with closing(answer) as responses:
                 for response in responses:

@@ -97,5 +97,5 @@ def _read_schema(path: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SchemaError(f"The JSON schema cannot be read: {path}: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SchemaError(f"The JSON schema {path} is not JSON: {error}.") from error

@@ -102,8 +102,9 @@ def stream_generate(
     `params` default to the checkpoint's recommendation, or to the model card's for a use, `preset` ("general", "code",
     "reasoning"); single fields may be given by keyword (`temperature=0.7`).
     `thinking` switches the template's thinking on or off; None leaves it as the checkpoint has it. The template tells
-    the model of `tools`, functions in OpenAI's form. With a `json_schema` the answer is JSON of that schema, or calls
-    `tools`, behind what is thought; it is whole unless `max_tokens` ends it.
+    the model of `tools`, functions in OpenAI's form; in other prompts they are to be already. With a `json_schema` the
+    answer is JSON of that schema, or calls `tools`, behind what is thought; it is whole unless `max_tokens` or a stop
+    string ends it.
 
     `progress(done, total)` follows the prompt, which is read `prefill_step_size` tokens at a time, None leaving that to
     the memory there is. `kv_bits` (4 or 8) quantizes keys and values, those of the full-attention layers alone; on
@@ -138,7 +139,7 @@ def stream_generate(
         sampling=sampling,
     )
     tokens, sampler, count = answer.tokens, answer.sampler, answer.count
-    drafts, drafted = drafting(model, tokens, answer.params, speculate, num_draft_tokens), 0
+    drafts, drafted = drafting(model, tokens, sampler.params, speculate, num_draft_tokens), 0
     reuse = Reuse(model, tokens, prompt_cache, prefix_store, kv_bits=kv_bits)
     plan = check_memory(
         model,

@@ -1,5 +1,6 @@
 """`batch_generate`: every answer is the one that its prompt gets alone, whatever stands beside it."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from qwen_mlx.decoding.batch import decode_batch
 from qwen_mlx.decoding.preflight import check_memory
 from qwen_mlx.decoding.prompt import Prompt
 from qwen_mlx.decoding.sampling import Sampler, SamplingParams
-from qwen_mlx.errors import MemoryLimitError, PromptError
+from qwen_mlx.errors import CheckpointError, MemoryLimitError, PromptError
 from tests.decoding.test_preflight import SHAPES, measured, random_model
 
 MODEL, TOKENIZER = load("demo", dtype="float32")
@@ -88,6 +89,7 @@ def test_of_no_prompts_come_no_answers() -> None:
     ("options", "error", "says"),
     [
         ({"batch_size": 0}, ValueError, "at least 1, not 0"),
+        ({"batch_size": "2"}, ValueError, "must be an integer"),
         ({"temperature": -1}, ValueError, "temperature must be"),
         ({"warmth": 1}, TypeError, "There is no option warmth"),
         ({"prefill_step_size": 0}, ValueError, "at least 1 token"),
@@ -96,6 +98,54 @@ def test_of_no_prompts_come_no_answers() -> None:
 def test_wrong_options(options: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         batch_generate(MODEL, TOKENIZER, PROMPTS, **options)
+
+
+def test_one_text_is_no_list_of_prompts() -> None:
+    with pytest.raises(TypeError, match="a list of prompts, not one text"):
+        batch_generate(MODEL, TOKENIZER, "Once upon a time")
+
+
+def test_weights_that_are_no_numbers_are_told() -> None:
+    model, _ = load("demo", dtype="float32")
+    norm = model.model.norm
+    norm.weight = norm.weight * float("nan")
+    with pytest.raises(CheckpointError, match="not numbers"):
+        batch_generate(model, TOKENIZER, ["Once"], max_tokens=3)
+
+
+def test_every_option_acts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tools are in the prompt, params and preset in what draws the tokens, and force goes on without memory."""
+    asked: list[Prompt] = [PROMPTS[1]]
+    tool = {"type": "function", "function": {"name": "lookup", "parameters": {}}}
+    plain, told = (batch_generate(MODEL, TOKENIZER, asked, tools=tools, max_tokens=1)[0] for tools in ([], [tool]))
+    assert told.prompt_tokens > plain.prompt_tokens
+    assert batch_generate(MODEL, TOKENIZER, asked, SamplingParams(max_tokens=2))[0].finish_reason == "length"
+    with pytest.raises(PromptError, match="no sampling for 'reasoning'"):
+        batch_generate(MODEL, TOKENIZER, asked, preset="reasoning")
+    monkeypatch.setattr(preflight, "memory_limit", lambda: 1)
+    assert batch_generate(MODEL, TOKENIZER, asked, max_tokens=1, force=True)
+
+
+def test_samplers_go_with_their_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with penalties takes as much as the vocabulary, for each prompt."""
+    alive: list[weakref.ref[Sampler]] = []
+    made = Sampler.__init__
+
+    def counted(self: Sampler, *given: Any, **options: Any) -> None:
+        made(self, *given, **options)
+        alive.append(weakref.ref(self))
+
+    monkeypatch.setattr(Sampler, "__init__", counted)
+    left: list[int] = []
+    batch_generate(
+        MODEL,
+        TOKENIZER,
+        ["Once"] * 6,
+        batch_size=1,
+        max_tokens=2,
+        progress=lambda done, total: left.append(sum(ref() is not None for ref in alive)),
+    )
+    assert left == [6, 5, 4, 3, 2, 1]
 
 
 def test_a_wrong_prompt_is_found_before_any_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +158,7 @@ def test_what_does_not_fit_together_is_refused(monkeypatch: pytest.MonkeyPatch) 
     plan = check_memory(MODEL, 10, 4000, step_size=64, force=True)
     monkeypatch.setattr(preflight, "memory_limit", lambda: plan.total + 2 * plan.keys_values)
     options: dict[str, Any] = {"max_tokens": 4000, "temperature": 0.0, "stop": ["."]}
-    with pytest.raises(MemoryLimitError, match=r"8 texts of 4,\d\d\d tokens take .*: take fewer at once, "):
+    with pytest.raises(MemoryLimitError, match=r"8 texts of 4,\d\d\d tokens take .*: take a smaller batch_size, "):
         batch_generate(MODEL, TOKENIZER, ["Once upon a time"] * 8, **options)
     assert len(batch_generate(MODEL, TOKENIZER, ["Once upon a time"] * 8, batch_size=2, **options)) == 8
 
@@ -122,7 +172,7 @@ def test_the_count_is_near_the_measured_peak(name: str) -> None:
 
     def work() -> None:
         samplers = [Sampler(SamplingParams(), [], vocab_size=384, num_real_tokens=352) for _ in prompts]
-        steps, left = decode_batch(model, prompts, samplers, size=rows, step_size=step_size), [20] * rows
+        steps, left = decode_batch(model, zip(prompts, samplers), size=rows, step_size=step_size), [20] * rows
         number, _ = next(steps)
         while any(left):
             left[number] -= 1

@@ -402,7 +402,7 @@ def test_a_generation_config_can_ask_for_greedy_decoding() -> None:
         (START + "<think>\n", 1.5),
         (TOKENIZER.encode(START + "<think>\n"), 1.5),
         (START + "<think>\n\n</think>\n\n", 2.0),
-        (START + "<think>\nA story.", 2.0),
+        (START + "<think>\nA story.", 1.5),
     ],
     ids=["text", "thinking", "thinking_ids", "thought", "within"],
 )

@@ -211,7 +211,7 @@ def test_generate_and_load_are_functions_whatever_was_imported_before(before: st
     assert (done.stdout, done.stderr) == ("<class 'function'> <class 'function'>\n", "")
 
 
-HEAVY = {"transformers", "torch", "mlx_lm", "huggingface_hub", "scipy", "requests", "httpx"}
+HEAVY = {"transformers", "torch", "mlx_lm", "huggingface_hub", "scipy", "requests", "httpx", "llguidance", "mcp"}
 
 
 def loaded(program: str) -> set[str]:

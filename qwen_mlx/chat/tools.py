@@ -57,6 +57,15 @@ def parameters_of(tools: Tools) -> dict[str, Mapping[str, Any]]:
     return {function["name"]: function.get("parameters") or {} for function in functions if "name" in function}
 
 
+def unreadable(name: str, parameters: Mapping[str, Any]) -> str | None:
+    """Of a tool's name and the names of its parameters the first that a call could not be read back with."""
+    if not re.fullmatch(rf"{NAME}{{1,128}}", name):
+        return name
+    return next(
+        (key for key in parameters.get("properties") or {} if not _PARAMETER.fullmatch(f"<parameter={key}>")), None
+    )
+
+
 def read_call(
     text: str, parameters: Mapping[str, Mapping[str, Any]], *, repair: bool = False
 ) -> tuple[ToolCall, int] | None:

@@ -19,7 +19,6 @@ class Asked:
     """`count` is that of the longest answer, in tokens."""
 
     tokens: list[int]
-    params: SamplingParams
     count: int
     sampler: Sampler
     text: ReplyText
@@ -45,7 +44,7 @@ def asked(
     tokens = prompt_tokens(tokenizer, prompt, thinking, tools)
     check_tokens(config, tokenizer, tokens)
     room = room_behind(config, len(tokens))
-    is_thinking = tokenizer.decode(tokens[-4:]).rstrip().endswith("<think>")
+    is_thinking = _is_thinking(tokenizer, tokens)
     if params is not None and preset is not None:
         raise ValueError("params and preset both say how tokens are drawn: leave one of them out.")
     params = replace(params or recommended_params(model, thinking=is_thinking, preset=preset), **sampling)
@@ -58,7 +57,13 @@ def asked(
         params, tokens, vocab_size=config.vocab_size, num_real_tokens=tokenizer.vocab_size, constraint=form
     )
     text = ReplyText(tokenizer, ends=ends, stops=params.stop, count=count)
-    return Asked(tokens, params, count, sampler, text)
+    return Asked(tokens, count, sampler, text)
+
+
+def _is_thinking(tokenizer: Tokenizer, tokens: list[int]) -> bool:
+    """Whether a thought is open at the end of `tokens`."""
+    marks = {tokenizer.token_to_id(tag): tag for tag in ("<think>", "</think>", "<|im_start|>")}
+    return next((marks[token] == "<think>" for token in reversed(tokens) if token in marks), False)
 
 
 def recommended_params(model: Qwen, *, thinking: bool, preset: str | None = None) -> SamplingParams:

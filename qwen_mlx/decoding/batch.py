@@ -4,9 +4,9 @@ In: prompts as token ids, and a sampler for each. Out: their tokens, in the orde
 caller says so, and the next prompt takes its place. Knows no text.
 """
 
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import mlx.core as mx
 
@@ -19,43 +19,39 @@ from qwen_mlx.model.qwen import Qwen
 
 @dataclass
 class _Row:
-    """A text that is being written: its number, and the logits [V] of a token that is chosen and has not gone in."""
+    """A text that is being written: its number, and a token [1] that is chosen and has not gone in."""
 
     number: int
     sampler: Sampler
-    token: mx.array  # [1]
+    token: mx.array
 
 
 def decode_batch(
     model: Qwen,
-    prompts: Sequence[Sequence[int]],
-    samplers: Sequence[Sampler],
+    texts: Iterable[tuple[Sequence[int], Sampler]],
     *,
     size: int,
     step_size: int,
-    prefilled: Callable[[int], None] | None = None,
 ) -> Generator[tuple[int, int], bool, None]:
     """Yield (number of the prompt, token) for at most `size` texts at a time; send back whether the text goes on.
 
-    Prompts are read one by one, in chunks of `step_size`; `prefilled(number)` is called after each. ValueError for a
-    `size` below 1.
+    Each text is a prompt and what draws its tokens, taken when it is its turn; prompts are read one by one, in chunks
+    of `step_size`. Errors are those of `prefill`, and ValueError for a `size` below 1.
     """
     if size < 1:
         raise ValueError(f"The size of a batch must be at least 1, not {size!r}.")
-    waiting = deque(enumerate(prompts))
+    waiting = enumerate(texts)
     rows: list[_Row] = []
     cache: SequenceCache | None = None
-    while waiting or rows:
-        new = []
-        while waiting and len(rows) < size:
-            number, prompt = waiting.popleft()
-            own = model.make_cache()
-            token = samplers[number](prefill(model, prompt, own, step_size=step_size))
+    while True:
+        new = list[SequenceCache]()
+        for number, (prompt, sampler) in islice(waiting, size - len(rows)):
+            new.append(model.make_cache())
+            token = sampler(prefill(model, prompt, new[-1], step_size=step_size))
             mx.async_eval(token)
-            new.append(own)
-            rows.append(_Row(number, samplers[number], token))
-            if prefilled:
-                prefilled(number)
+            rows.append(_Row(number, sampler, token))
+        if not rows:
+            return
         if new:
             cache = joined([*([cache] if cache else []), *new], model.turn)
             new.clear()  # else they would be there twice while they are joined

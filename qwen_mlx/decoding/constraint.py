@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from qwen_mlx.chat.tools import Tools, parameters_of
+from qwen_mlx.chat.tools import Tools, parameters_of, unreadable
 from qwen_mlx.errors import SchemaError
 from qwen_mlx.tokenizer import Tokenizer
 
@@ -52,12 +52,17 @@ class Constraint:
         Behind the end of the answer, all are. Raises SchemaError where the form is more than llguidance can follow.
         """
         for tokens in self._unread:
-            self._read(tokens)
+            for token in np.array(tokens).tolist():
+                if not self._read(token):
+                    raise SchemaError(f"The answer can no longer be kept to its JSON schema: {self._trouble()}.")
         self._unread = []
-        rows, walker = [self._mask(count)], copy.copy(self)
-        for i in range(ahead.size):
-            walker._read(ahead[i : i + 1])
-            rows.append(walker._mask(count))
+        rows = [self._mask(count)]
+        if ahead.size:
+            walker = copy.copy(self)
+            for token in np.array(ahead).tolist():
+                # Where a draft breaks the form, neither it nor those behind it will stand.
+                walker._ended = not walker._read(token) or walker._ended
+                rows.append(walker._mask(count))
         return mx.array(np.stack(rows))
 
     def _mask(self, count: int) -> np.ndarray:
@@ -69,16 +74,18 @@ class Constraint:
             mask = np.unpackbits(bits, count=count, bitorder="little").astype(np.bool_)
         return mask
 
-    def _read(self, tokens: mx.array) -> None:
-        for token in np.array(tokens).tolist():
-            if self._end_of_thought is not None:
-                self._end_of_thought = None if token == self._end_of_thought else self._end_of_thought
-            elif self._ended:
-                return
-            elif token in self._ends or not self._matcher.validate_tokens([token]):
-                self._ended = True  # a draft may break the form: neither it nor those behind it will stand
-            elif not self._matcher.consume_token(token):
-                raise SchemaError(f"The JSON schema asks for more than can be followed: {self._matcher.get_error()}")
+    def _read(self, token: int) -> bool:
+        """Whether `token` keeps to the form."""
+        if self._end_of_thought is not None:
+            if token == self._end_of_thought:
+                self._end_of_thought = None
+        elif not self._ended:
+            self._ended = token in self._ends and self._matcher.is_accepting()
+            return self._ended or bool(self._matcher.validate_tokens([token]) and self._matcher.consume_token(token))
+        return True
+
+    def _trouble(self) -> str:
+        return self._matcher.get_error() or "every token that it allows was ruled out"
 
 
 def constrain(
@@ -96,20 +103,27 @@ def constrain(
         ) from None
     if not isinstance(schema, Mapping):
         raise SchemaError(f"A JSON schema is an object, not {schema!r}.")
+    ends = [end for end in ends if 0 <= end < tokenizer.vocab_size]
+    if not ends:
+        raise SchemaError("The model has no token that ends an answer, so none can be kept to a JSON schema.")
     schema = {**schema, "x-guidance": _SPACES}
     vocabulary = _vocabulary(tokenizer, tuple(ends))
     end_of_thought = tokenizer.token_to_id("</think>") if thinking else None
-    grammar = LLMatcher.grammar_from_json_schema(schema)  # by itself first, for its errors
-    if error := LLMatcher.validate_grammar(grammar, vocabulary):
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema)  # by itself first, for its errors
+        error = LLMatcher.validate_grammar(grammar, vocabulary)
+        if not error:
+            lark = _grammar(tokenizer, schema, tools, thinking=end_of_thought is not None)
+            matcher = LLMatcher(vocabulary, LLMatcher.grammar_from_lark(lark), log_level=0)
+            error = matcher.get_error()
+    except (ValueError, RecursionError) as wrong:  # what JSON cannot say
+        error = str(wrong)
+    if error:
         raise SchemaError(_refusal(error))
-    grammar = LLMatcher.grammar_from_lark(_grammar(tokenizer, schema, tools, thinking=end_of_thought is not None))
-    matcher = LLMatcher(vocabulary, grammar, log_level=0)
-    if error := matcher.get_error():
-        raise SchemaError(_refusal(error))
-    return Constraint(matcher, ends=[end for end in ends if end < tokenizer.vocab_size], end_of_thought=end_of_thought)
+    return Constraint(matcher, ends=ends, end_of_thought=end_of_thought)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=1)
 def _vocabulary(tokenizer: Tokenizer, ends: tuple[int, ...]) -> LLTokenizer:
     """It takes a while for a large vocabulary, and is the same for all answers."""
     from llguidance import LLTokenizer
@@ -119,23 +133,24 @@ def _vocabulary(tokenizer: Tokenizer, ends: tuple[int, ...]) -> LLTokenizer:
 
 def _grammar(tokenizer: Tokenizer, schema: Mapping[str, Any], tools: Tools, *, thinking: bool) -> str:
     """In llguidance's form of Lark. A template that closes the thought itself puts the empty line behind it, too."""
+    functions = parameters_of(tools)
     lines = [
-        f"start: {_quoted(chr(10) * 2) + ' ' if thinking else ''}{'(json | calls)' if tools else 'json'}",
+        "start: " + (r'"\n\n" ' if thinking else "") + ("(json | calls)" if functions else "json"),
         f"json: %json {json.dumps(schema)}",
     ]
-    if tools:
+    if functions:
         begin, end = (_token(tokenizer, tag) for tag in ("<tool_call>", "</tool_call>"))
-        names = parameters_of(tools)
         lines += [
-            f"calls: call ({_quoted(chr(10))} call)*",
-            f"call: {begin} {_quoted(chr(10))} ({' | '.join(f'tool{i}' for i in range(len(names)))}) {end}",
+            r'calls: call ("\n" call)*',
+            rf'call: {begin} "\n" ({" | ".join(f"tool{i}" for i in range(len(functions)))}) {end}',
             r'value[suffix="\n</parameter>\n"]: /(?s:.*)/',
         ]
-        for i, (name, parameters) in enumerate(names.items()):
+        for i, (name, parameters) in enumerate(functions.items()):
+            if (wrong := unreadable(name, parameters)) is not None:
+                raise SchemaError(f"A tool cannot be called by the name {wrong!r}: use letters, digits and _.")
             opened = [_quoted(f"<parameter={key}>\n") for key in parameters.get("properties") or {}]
             values = f"(({' | '.join(opened)}) value)*" if opened else ""
-            opening, closing = _quoted(f"<function={name}>\n"), _quoted("</function>\n")
-            lines.append(f"tool{i}: {opening} {values} {closing}")
+            lines.append(rf'tool{i}: {_quoted(f"<function={name}>")} "\n" {values} "</function>\n"')
     return "\n".join(lines)
 
 

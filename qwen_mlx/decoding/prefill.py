@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from qwen_mlx.cache.sequence import SequenceCache
+from qwen_mlx.errors import CheckpointError
+from qwen_mlx.load import weights_with_nan
 from qwen_mlx.model.qwen import Qwen
 
 
@@ -23,7 +25,7 @@ def prefill(
     `progress(done, total)` is called at the start and after every chunk of at most `step_size` tokens. Interrupted,
     the cache holds the chunks that were finished. At the offsets `marks` it gets checkpoints, for which no chunk is
     divided. `seen(hidden, tokens)` gets the hidden states [1, T, D] of every chunk and the tokens behind each of them,
-    the last of all lacking. ValueError for a `step_size` below 1.
+    the last of all lacking. ValueError for a `step_size` below 1, CheckpointError for logits that are no numbers.
     """
     if step_size < 1:
         raise ValueError(f"The prefill step_size must be at least 1 token, not {step_size!r}.")
@@ -38,4 +40,8 @@ def prefill(
         mx.clear_cache()
         if progress:
             progress(start + chunk.size, len(tokens))
-    return model.logits(hidden[:, -1:])[:, 0]
+    logits = model.logits(hidden[:, -1:])[:, 0]
+    if not mx.isfinite(logits).all().item():
+        broken = ", ".join(weights_with_nan(model)[:4]) or "the activations overflow; try dtype bfloat16 or float32"
+        raise CheckpointError(f"The model's logits are not numbers: {broken}.")
+    return logits

@@ -185,16 +185,19 @@ def _refusal(request: Request, plan: MemoryPlan, limit: int) -> str:
     }
     numbers = ", ".join(f"{what} {_gigabytes(size)}" for what, size in parts.items() if size >= 5e6)
     fitting = longest_context(request, limit)
-    remedies = ["take fewer at once"] if request.rows > 1 else []
-    remedies += [f"{fitting:,} tokens would fit"] if fitting else []
+    remedies = [f"{fitting:,} tokens would fit"] if fitting else []
+    if request.rows > 1:
+        return (
+            f"{request.rows} texts of {plan.tokens:,} tokens take {_gigabytes(plan.total)} GB ({numbers}), and this "
+            f"device allows {_gigabytes(limit)} GB: {', '.join(['take a smaller batch_size', *remedies])}; force=True "
+            "tries it all the same."
+        )
     for bits in (8, 4):
         if bits < (request.kv_bits or 16) and request.config.head_dim % GROUPS[-1] == 0:
             more = longest_context(replace(request, kv_bits=bits), limit)
             remedies += [f"{more:,} with --kv-bits {bits}"] if more > fitting else []
-    rows = request.rows
-    what = f"A text of {plan.tokens:,} tokens takes" if rows == 1 else f"{rows} texts of {plan.tokens:,} tokens take"
     return (
-        f"{what} {_gigabytes(plan.total)} GB ({numbers}), and this device allows "
+        f"A text of {plan.tokens:,} tokens takes {_gigabytes(plan.total)} GB ({numbers}), and this device allows "
         f"{_gigabytes(limit)} GB: {', '.join(remedies) or 'not even its first tokens fit, take a smaller model'}; "
         "--force tries it all the same."
     )

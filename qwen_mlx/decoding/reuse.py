@@ -13,8 +13,6 @@ import mlx.core as mx
 from qwen_mlx.cache.prefix import PrefixMatch, PrefixStore
 from qwen_mlx.cache.sequence import CHECKPOINTS, SequenceCache
 from qwen_mlx.decoding.prefill import prefill
-from qwen_mlx.errors import CheckpointError
-from qwen_mlx.load import weights_with_nan
 from qwen_mlx.model.qwen import Qwen
 from qwen_mlx.tokenizer import Tokenizer
 
@@ -81,8 +79,7 @@ class Reuse:
     ) -> mx.array:
         """Logits [1, V] behind all tokens, of which those not known yet go through `model`; arguments as `prefill`'s.
 
-        Interrupted, the store has the places that were passed up to then. CheckpointError for logits that are no
-        numbers.
+        Interrupted, the store has the places that were passed up to then.
         """
         prompt, places = self.tokens[:], []
         if self._store is not None:
@@ -98,11 +95,7 @@ class Reuse:
                 progress(done, total)
 
         rest = prompt[self.cached_tokens :]
-        logits = prefill(model, rest, self.cache, step_size=step_size, marks=places, seen=seen, progress=chunk_done)
-        if not mx.isfinite(logits).all().item():
-            broken = ", ".join(weights_with_nan(model)[:4]) or "the activations overflow; try dtype bfloat16 or float32"
-            raise CheckpointError(f"The model's logits are not numbers: {broken}.")
-        return logits
+        return prefill(model, rest, self.cache, step_size=step_size, marks=places, seen=seen, progress=chunk_done)
 
     def __enter__(self) -> "Reuse":
         return self

@@ -61,7 +61,7 @@ class SamplingParams:
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
             raise ValueError(f"logit_bias must map integer token ids to finite numbers, not {self.logit_bias!r}")
         for token, bias in (self.logit_bias or {}).items():
-            if type(token) is not int or not isinstance(bias, (int, float)) or not math.isfinite(bias):
+            if type(token) is not int or not isinstance(bias, (int, float)) or not abs(bias) <= 1e38:
                 raise ValueError(f"logit_bias must map integer token ids to finite numbers, not {token!r} to {bias!r}")
         object.__setattr__(self, "stop", stop_tuple(self.stop))
 
@@ -101,6 +101,8 @@ def recommendations(
     generation_config: Mapping[str, Any] | None, *, is_small: bool, thinking: bool, preset: str | None = None
 ) -> dict[str, tuple[Any, str]]:
     """Every value that `default_params` sets, unchecked, and where it comes from."""
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset must be {', '.join(PRESETS)}, not {preset!r}")
     card = _CARD.get((preset or "general", is_small, thinking))
     if card is None:
         mode, size = "with" if thinking else "without", "this size" if is_small else "these sizes"
@@ -208,6 +210,8 @@ class Sampler:
             counts = mx.broadcast_to(self._counts, (tokens.shape[0], self.num_real_tokens))
             self._counts = counts.at[mx.arange(tokens.shape[0]), tokens].add(1.0)
         if self._constraint is not None:
+            if tokens.size != 1:
+                raise ValueError(f"a constraint follows one reply, not {tokens.size}")
             self._constraint.observe(tokens)
 
     def along(self, tokens: mx.array) -> "Sampler":

@@ -50,7 +50,7 @@ def together(
 ) -> list[list[int]]:
     """The same from one batch, where text i leaves after counts[i] tokens."""
     texts: list[list[int]] = [[] for _ in prompts]
-    run = decode_batch(model, prompts, samplers(model, prompts, **params), size=size, step_size=step)
+    run = decode_batch(model, zip(prompts, samplers(model, prompts, **params)), size=size, step_size=step)
     answer = None
     while True:
         try:
@@ -119,27 +119,27 @@ def test_a_batch_that_all_have_left_starts_anew(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_tokens_come_in_the_order_of_time() -> None:
-    run = decode_batch(MODEL, PROMPTS[:2], samplers(MODEL, PROMPTS[:2]), size=2, step_size=512)
+    run = decode_batch(MODEL, zip(PROMPTS[:2], samplers(MODEL, PROMPTS[:2])), size=2, step_size=512)
     assert [next(run)[0], *(run.send(True)[0] for _ in range(5))] == [0, 1, 0, 1, 0, 1]
 
 
-def test_each_prompt_is_told_of_once_when_it_is_read() -> None:
-    read: list[int] = []
-    run = decode_batch(MODEL, PROMPTS[:3], samplers(MODEL, PROMPTS[:3]), size=2, step_size=512, prefilled=read.append)
+def test_a_text_is_taken_when_it_is_its_turn() -> None:
+    texts = iter(list(zip(PROMPTS[:3], samplers(MODEL, PROMPTS[:3]))))
+    run = decode_batch(MODEL, texts, size=2, step_size=512)
     next(run)
-    assert read == [0, 1]
+    assert texts.__length_hint__() == 1
     run.send(False)  # the first leaves, and then the third is read
     run.send(True)
-    assert read == [0, 1, 2]
+    assert texts.__length_hint__() == 0
 
 
 def test_no_prompts_no_tokens() -> None:
-    assert list(decode_batch(MODEL, [], [], size=4, step_size=512)) == []
+    assert list(decode_batch(MODEL, [], size=4, step_size=512)) == []
 
 
 def test_a_size_of_nothing() -> None:
     with pytest.raises(ValueError, match="at least 1, not 0"):
-        next(decode_batch(MODEL, PROMPTS, samplers(MODEL, PROMPTS), size=0, step_size=512))
+        next(decode_batch(MODEL, zip(PROMPTS, samplers(MODEL, PROMPTS)), size=0, step_size=512))
 
 
 def test_padding_rows_of_the_vocabulary_are_not_chosen(model_of: Callable[[str, str], Qwen]) -> None:
@@ -149,6 +149,6 @@ def test_padding_rows_of_the_vocabulary_are_not_chosen(model_of: Callable[[str, 
     forbid = [
         Sampler(SamplingParams(temperature=0.0), p, vocab_size=384, num_real_tokens=n) for p, n in zip(prompts, (1, 2))
     ]
-    run = decode_batch(model, prompts, forbid, size=2, step_size=512)
+    run = decode_batch(model, zip(prompts, forbid), size=2, step_size=512)
     assert next(run) == (0, 0)
     assert run.send(True)[1] < 2

@@ -429,11 +429,17 @@ def test_a_preset_is_the_model_cards_whatever_the_checkpoint_says(
 
 @pytest.mark.parametrize(
     ("preset", "is_small", "thinking"),
-    [("code", True, False), ("reasoning", False, True), ("reasoning", True, False), ("poetry", False, True)],
+    [("code", True, False), ("reasoning", False, True), ("reasoning", True, False)],
 )
 def test_a_preset_that_the_card_lacks(preset: str, is_small: bool, thinking: bool) -> None:
     with pytest.raises(PromptError, match=f"no sampling for '{preset}'.*take general, code"):
         default_params(None, is_small=is_small, thinking=thinking, preset=preset)
+
+
+@pytest.mark.parametrize("preset", ["poetry", ""])
+def test_a_preset_that_there_is_not(preset: str) -> None:
+    with pytest.raises(ValueError, match="preset must be general, code, reasoning, not "):
+        default_params(None, is_small=True, thinking=True, preset=preset)
 
 
 @pytest.mark.parametrize(
