@@ -232,16 +232,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if tokenizer.chat_template is None and not args.raw:
             raise PromptError("The model has no chat template; give --raw to continue the prompt as it stands.")
         options = {name: getattr(args, name) for name in MEMORY + DRAFTING}
-        asked: Prompt = prompt if args.raw else messages
+        request: Prompt = prompt if args.raw else messages
         if args.prompt_cache_file is not None:
             known = load_prompt_cache(args.prompt_cache_file, model, tokenizer, kv_bits=args.kv_bits)
-            asked = known.tokens + _behind(tokenizer, prompt, raw=args.raw, thinking=thinking)
+            request = known.tokens + _behind(tokenizer, prompt, raw=args.raw, thinking=thinking)
             options |= {"prompt_cache": known}
         elif not args.raw:
             options |= {"thinking": thinking}
         with Progress("Prompt") as progress:
             options |= {"progress": progress.update}
-            for last in stream_generate(model, tokenizer, asked, **options, **given):
+            for last in stream_generate(model, tokenizer, request, **options, **given):
                 pieces.append(last.text)
                 if not args.json:
                     print(last.text, end="", flush=True)

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from hypothesis import HealthCheck, settings
 
 from qwen_mlx.load import load_model
 from qwen_mlx.model.qwen import Qwen
 from tests.golden.checkpoints import build
+
+# How long a machine takes to draw an example says nothing about the example.
+settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any_machine")
 
 
 @pytest.fixture(autouse=True)

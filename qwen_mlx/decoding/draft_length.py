@@ -29,8 +29,6 @@ LOSS, SHARE = 2.0, 0.008
 SHORTEST_WAIT, GROWTH, LONGEST_WAIT = 32.0, 0.25, 1024.0
 """Tokens before the next probe: a quarter of the plain text behind it, within these. Where drafting never pays, 4,096
 tokens lose 0.4 %. Doubled waits would lose less, and find the easier second half of a text too late."""
-CORRECTION, OUTLIER = 0.1, 1.25
-"""How fast seconds change the costs, and what one measurement says at most: first rounds compile, others compute."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +82,13 @@ class DraftLength:
             k -= 1
         return k
 
-    def observe(self, k: int, accepted: int, seconds: float | None = None) -> None:
+    def observe(self, k: int, accepted: int) -> None:
         """A round with k drafts is over, and the first `accepted` of them were right.
 
-        k need not be what was chosen. `seconds` is what the round took, in the unit of the costs: it corrects the cost
-        of this k, slowly. Raises ValueError for an `accepted` that is not from 0 to k, or a k above k_max.
+        k need not be what was chosen. Raises ValueError for an `accepted` that is not from 0 to k, or a k above k_max.
         """
         if not 0 <= accepted <= k < len(self._costs):
             raise ValueError(f"accepted must be from 0 to k, and k to {len(self._costs) - 1}, not {accepted} and {k}")
-        if seconds is not None:
-            ratio = min(OUTLIER, max(1 / OUTLIER, seconds / self._costs[k]))
-            self._costs[k] *= 1 + CORRECTION * (ratio - 1)
         tokens, lost = accepted + 1, self._cost(k) - accepted - 1
         self._may_lose += SHARE * tokens - lost
         self._plain += tokens
