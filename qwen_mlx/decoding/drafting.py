@@ -6,7 +6,6 @@ text: both are kept as long as the model.
 
 import warnings
 from collections.abc import Sequence
-from statistics import median
 from weakref import finalize
 
 from qwen_mlx.decoding.draft_length import Costs, DraftLength
@@ -127,8 +126,8 @@ class Measured:
         self._seconds[k].append(seconds)
 
     def costs(self, most: int) -> Costs:
-        """Of rounds with up to `most` drafts, by a line through what was measured."""
-        plain, *rounds = (median(self._seconds[k][1:]) for k in range(min(most, 2) + 1))
+        """Of rounds with up to `most` drafts, by a line through the shortest: a disturbance adds to what it takes."""
+        plain, *rounds = (min(self._seconds[k][1:]) for k in range(min(most, 2) + 1))
         none, (one, *two) = plain / 3, (seconds - plain * 2 / 3 for seconds in rounds)
         one = max(one, none)
         slope = max((two[0] - none) / 2, 0.0) if two else 0.0
