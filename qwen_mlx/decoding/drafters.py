@@ -17,6 +17,8 @@ from qwen_mlx.model.qwen import Qwen
 
 WAITING = 256
 """Tokens that wait until a drafter takes them in, where no drafts are asked for."""
+FEW = 16
+"""Tokens for which one pass through the head takes less than two, of which the first leaves out most of its work."""
 NGRAMS = (4, 3, 2)
 """Lengths, by preference, of the last words that are looked for in the text before them."""
 
@@ -58,7 +60,7 @@ class MTPDrafter:
         self._waiting += tokens.size
 
     def draft(self, sampler: Sampler, count: int) -> Drafts:
-        y = self._advance()[:, -1:]
+        y = self._advance()
         counting = copy.copy(sampler)  # its counts are followed; keys are taken from `sampler` alone
         drawn: list[mx.array] = []
         logits: list[mx.array] = []
@@ -76,12 +78,18 @@ class MTPDrafter:
         return mx.concatenate(drawn), mx.concatenate(logits) if logits else None
 
     def _advance(self) -> mx.array:
-        """Take in what waits, but a last hidden state whose token is not known: the head's outputs [1, m, D]."""
+        """Take in what waits, but a last hidden state whose token is not known: the head's last output [1, 1, D]."""
         hidden, tokens = mx.concatenate(self._hidden, axis=1), mx.concatenate(self._tokens)
-        self._hidden, self._tokens, self._waiting = [hidden[:, tokens.size :]], [], 0
+        count = tokens.size
+        self._hidden, self._tokens, self._waiting = [hidden[:, count:]], [], 0
         self._cache.offset = self._slots
-        self._slots += tokens.size
-        return self._head(hidden[:, : tokens.size], self._model.embed(tokens[None]), self._cache)
+        self._slots += count
+        embeddings = self._model.embed(tokens[None])
+        # Nobody asks for what the head makes of the others, so only their keys and values are computed.
+        front = count - 1 if count > FEW else 0
+        if front:
+            self._head(hidden[:, :front], embeddings[:, :front], self._cache)
+        return self._head(hidden[:, front:count], embeddings[:, front:], self._cache)[:, -1:]
 
 
 class NGramDrafter:

@@ -1,7 +1,7 @@
 """What is asked for, as a drafter and what decides on the number of its drafts: `Drafting`, or None for the plain loop.
 
-The draft head of a model is looked for once, and what a round with drafts costs is measured once, by rounds that make
-text: both are kept as long as the model.
+The draft head of a model is looked for once, and what a round with drafts costs is measured in its first texts, by
+rounds that make text: both are kept as long as the model.
 """
 
 import warnings
@@ -112,15 +112,19 @@ class Measured:
     cannot prepare the next step while the device verifies.
     """
 
-    PLAN = (0, 0, 0, 1, 1, 1, 2, 2, 2)
-    """Of each kind the first makes its kernels and buffers, and does not count."""
+    AT_FIRST, ENOUGH = 3, 6
+    """How often each kind is measured before it is believed, and in all: the texts behind the first measure each once
+    more, as something else may have kept the machine busy. The first of each makes kernels and buffers, and does not
+    count."""
 
     def __init__(self) -> None:
-        self._seconds: dict[int, list[float]] = {k: [] for k in self.PLAN}
+        self._seconds: dict[int, list[float]] = {k: [] for k in range(3)}
 
-    def next(self, most: int) -> int | None:
-        """The number of drafts to be measured next; None when all up to `most` are."""
-        return next((k for k in self.PLAN if k <= most and len(self._seconds[k]) < self.PLAN.count(k)), None)
+    def plan(self, most: int) -> list[int]:
+        """The numbers of drafts, up to `most`, that a text should measure, in this order."""
+        kinds = [k for k in self._seconds if k <= most]
+        missing = [k for times in range(self.AT_FIRST) for k in kinds if len(self._seconds[k]) <= times]
+        return missing or [k for k in kinds if len(self._seconds[k]) < self.ENOUGH]
 
     def add(self, k: int, seconds: float) -> None:
         self._seconds[k].append(seconds)
@@ -140,6 +144,7 @@ class Learning:
     def __init__(self, measured: Measured, most: int) -> None:
         self._measured, self._most = measured, most
         self._lengths: DraftLength | None = None
+        self._plan = measured.plan(most)
         self._slow_rows = (gpu_generation() or M3) < M3
         self._plain = SETTLED if self._slow_rows else 0
         self._seen: list[tuple[int, int]] = []
@@ -157,7 +162,7 @@ class Learning:
         if self._plain:
             self._plain -= 1
             return 0
-        return 0 if self._run else self._measured.next(self._most) or 0
+        return 0 if self._run else self._plan[0]
 
     def observe(self, k: int, accepted: int, seconds: float) -> None:
         if self._lengths is not None:
@@ -167,16 +172,14 @@ class Learning:
             self._seen.append((k, accepted))
         if self._plain:
             return
-        kind = self._measured.next(self._most)
-        assert kind is not None
-        self._run = [*self._run, seconds] if k == (0 if self._run else kind) else []
+        self._run = [*self._run, seconds] if k == (0 if self._run else self._plan[0]) else []
         if len(self._run) == 3:
-            self._measured.add(kind, sum(self._run))
+            self._measured.add(self._plan.pop(0), sum(self._run))
             self._run = []
         self._decide()
 
     def _decide(self) -> None:
-        if self._measured.next(self._most) is None:
+        if not self._plan:
             self._lengths = DraftLength(self._measured.costs(self._most), start=0 if self._slow_rows else None)
             for k, accepted in self._seen:
                 self._lengths.observe(k, accepted)
