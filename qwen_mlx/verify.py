@@ -66,10 +66,6 @@ class Watched:
     def __init__(self, lengths: Lengths, tally: Tally) -> None:
         self._lengths, self._tally = lengths, tally
 
-    @property
-    def timed(self) -> bool:
-        return self._lengths.timed
-
     def choose(self) -> int:
         return self._lengths.choose()
 

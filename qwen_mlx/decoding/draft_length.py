@@ -24,7 +24,7 @@ MORE, LESS = 1.01, 0.9
 to come back to it; LOSS bounds what that costs."""
 WORTH = 1.05
 """Where right drafts alone would be less than 5 % faster, nothing is drafted, and probes cost nothing."""
-LOSS, SHARE = 2.0, 0.0065
+LOSS, SHARE = 2.0, 0.006
 """What drafting may lose in all: plain steps, and a share of the text. Together 1.4 % of 256 tokens."""
 SHORTEST_WAIT, GROWTH, LONGEST_WAIT = 32.0, 0.25, 1024.0
 """Tokens before the next probe: a quarter of the plain text behind it, within these. Where drafting never pays, 4,096
@@ -50,7 +50,7 @@ class Costs:
 
 
 class DraftLength:
-    """Chooses k for the rounds of one text, which take at most 0.65 % and 2 plain steps longer than plain decoding.
+    """Chooses k for the rounds of one text, which take at most 0.6 % and 2 plain steps longer than plain decoding.
 
     That holds whatever the drafts are, if the costs are right: no round is chosen that would break the bound with all
     its drafts wrong. While plain decoding is best, a probe now and then finds out whether it still is.

@@ -93,8 +93,6 @@ def known_of(model: Qwen) -> Known:
 class Fixed:
     """The same number of drafts in every round."""
 
-    timed = False
-
     def __init__(self, k: int) -> None:
         self._k = k
 
@@ -109,7 +107,8 @@ class Measured:
     """Seconds of rounds with 0, 1 and 2 drafts, each with the two plain steps behind it, as far as they are known.
 
     A round with drafts leaves work to the steps behind it: what was drafted in vain is taken back there, and the host
-    cannot prepare the next step while the device verifies.
+    cannot prepare the next step while the device verifies. Nothing is waited for that would not be: before and behind
+    what is measured one plain step is on its way, so that steps overlap as they do in plain decoding.
     """
 
     AT_FIRST, ENOUGH = 3, 6
@@ -146,23 +145,15 @@ class Learning:
         self._lengths: DraftLength | None = None
         self._plan = measured.plan(most)
         self._slow_rows = (gpu_generation() or M3) < M3
-        self._plain = SETTLED if self._slow_rows else 0
+        self._plain = SETTLED if self._slow_rows else 1  # the first of a text has no step to wait for
         self._seen: list[tuple[int, int]] = []
         self._run: list[float] = []  # seconds of the rounds of what is being measured
         self._decide()
 
-    @property
-    def timed(self) -> bool:
-        """Only the last of what is measured is waited for: the steps before overlap as they will."""
-        return self._lengths is None and not self._plain and len(self._run) == 2
-
     def choose(self) -> int:
         if self._lengths is not None:
             return self._lengths.choose()
-        if self._plain:
-            self._plain -= 1
-            return 0
-        return 0 if self._run else self._plan[0]
+        return 0 if self._plain or self._run else self._plan[0]
 
     def observe(self, k: int, accepted: int, seconds: float) -> None:
         if self._lengths is not None:
@@ -171,6 +162,7 @@ class Learning:
         if k:
             self._seen.append((k, accepted))
         if self._plain:
+            self._plain -= 1
             return
         self._run = [*self._run, seconds] if k == (0 if self._run else self._plan[0]) else []
         if len(self._run) == 3:

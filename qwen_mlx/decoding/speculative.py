@@ -29,11 +29,8 @@ Decoded = tuple[int, mx.array, bool]
 
 class Lengths(Protocol):
     """Decides on the number of drafts of each round. It is told the seconds of a round in this loop, without those of
-    whoever takes the tokens. Where it is `timed`, the device has finished by then; else a plain step is still on its
-    way."""
+    whoever takes the tokens. A plain round waits for the step that the round before it began, and begins the next."""
 
-    @property
-    def timed(self) -> bool: ...
     def choose(self) -> int: ...
     def observe(self, k: int, accepted: int, seconds: float) -> None: ...
 
@@ -87,8 +84,6 @@ def decode_with_drafts(
                 drafter.take(hidden, token)
             known = int(current.item())  # type: ignore[arg-type]
             if count:
-                if lengths.timed:
-                    mx.eval(token)
                 now = time.perf_counter()
                 if not wanted and not rest:  # else it tells nothing of what a plain step takes
                     lengths.observe(0, 0, now - since)

@@ -121,6 +121,8 @@ def rounds(lengths: Learning, count: int, *, accepted: int = 0, seconds: Sequenc
     return chosen
 
 
+FIRST = [0]
+"""Of a text that measures: it has no step to wait for."""
 MEASURED = [0, 0, 0, 1, 0, 0, 2, 0, 0] * 3
 """The rounds that measuring takes at first: of each kind, with two plain ones behind, and so three times."""
 
@@ -130,17 +132,19 @@ def test_rounds_are_measured_by_plan_whatever_texts_they_are_of(pieces: tuple[in
     measured, chosen = Measured(), []
     for piece in pieces:
         lengths = Learning(measured, 4)
-        chosen += rounds(lengths, piece)
+        first, *others = rounds(lengths, 1 + piece)
+        assert first == 0
+        chosen += others
     assert chosen == MEASURED
 
 
 def test_the_texts_behind_the_first_measure_once_more_each() -> None:
     """A machine that was busy then is not believed for ever; and one day it is enough."""
     measured = Measured()
-    rounds(Learning(measured, 4), 27, seconds=(1, 9, 9))
+    rounds(Learning(measured, 4), 28, seconds=(1, 9, 9))
     assert measured.costs(4).rounds[1] == 9
     for text in range(3):
-        assert rounds(Learning(measured, 4), 9, seconds=(1, 1.5, 2)) == MEASURED[:9]
+        assert rounds(Learning(measured, 4), 10, seconds=(1, 1.5, 2)) == FIRST + MEASURED[:9]
         assert measured.costs(4).rounds == (1, 1.5, 2.0, 2.5, 3.0)
     assert measured.plan(4) == []
     assert Learning(measured, 4).choose() > 0
@@ -148,17 +152,16 @@ def test_the_texts_behind_the_first_measure_once_more_each() -> None:
 
 def test_what_a_text_leaves_unfinished_the_next_begins_anew() -> None:
     measured = Measured()
-    assert rounds(Learning(measured, 4), 11) == MEASURED[:11]
-    assert rounds(Learning(measured, 4), 18) == MEASURED[9:]
+    assert rounds(Learning(measured, 4), 12) == FIRST + MEASURED[:11]
+    assert rounds(Learning(measured, 4), 19) == FIRST + MEASURED[9:]
 
 
-def test_only_the_last_of_what_is_measured_is_waited_for() -> None:
-    lengths, timed = Learning(Measured(), 4), list[bool]()
-    for _ in MEASURED:
-        k = lengths.choose()
-        timed.append(lengths.timed)
-        lengths.observe(k, 0, 1.0)
-    assert timed == [False, False, True] * 9
+def test_the_first_round_of_a_text_is_not_measured() -> None:
+    measured = Measured()
+    lengths = Learning(measured, 4)
+    lengths.observe(lengths.choose(), 0, 0.001)
+    rounds(lengths, 27)
+    assert measured.costs(4).rounds[0] == 1
 
 
 def test_costs_are_a_line_through_the_shortest() -> None:
@@ -172,7 +175,7 @@ def test_costs_are_a_line_through_the_shortest() -> None:
 
 @pytest.mark.parametrize(("seconds", "accepted", "drafts"), [((1, 1.1, 1.2), 2, True), ((1, 2.2, 3.4), 0, False)])
 def test_what_was_measured_decides(seconds: tuple[float, ...], accepted: int, drafts: bool) -> None:
-    assert (2 in rounds(Learning(Measured(), 2), 40, accepted=accepted, seconds=seconds)[27:]) == drafts
+    assert (2 in rounds(Learning(Measured(), 2), 40, accepted=accepted, seconds=seconds)[28:]) == drafts
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 15])
@@ -180,31 +183,23 @@ def test_no_more_drafts_than_asked_for(most: int) -> None:
     lengths = Learning(Measured(), most)
     chosen = rounds(lengths, 80, accepted=most, seconds=[1 + k / 100 for k in range(16)])
     assert max(chosen) == most
-    assert not lengths.timed
 
 
 def test_more_drafts_than_an_earlier_text_are_measured_when_asked_for() -> None:
     measured = Measured()
-    assert rounds(Learning(measured, 1), 18) == [0, 0, 0, 1, 0, 0] * 3
-    assert rounds(Learning(measured, 4), 9) == [2, 0, 0] * 3
+    assert rounds(Learning(measured, 1), 19) == FIRST + [0, 0, 0, 1, 0, 0] * 3
+    assert rounds(Learning(measured, 4), 10) == FIRST + [2, 0, 0] * 3
 
 
 @pytest.mark.parametrize(("generation", "settled"), [(13, SETTLED), (14, SETTLED), (15, 0), (16, 0), (None, 0)])
 def test_before_m3_nothing_is_tried_in_a_text_that_is_not_long(
     generation: int | None, settled: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the loop is not held up by measuring until then."""
     monkeypatch.setattr(module, "gpu_generation", lambda: generation)
-    lengths, timed = Learning(Measured(), 4), []
-    chosen = []
-    for _ in range(SETTLED + 20):
-        timed.append(lengths.timed)
-        chosen += rounds(lengths, 1)
-    assert chosen.index(1) == max(settled - 1, 0) + 3
-    assert timed.index(True) == max(settled - 1, 0) + 2
+    assert rounds(Learning(Measured(), 4), SETTLED + 20).index(1) == max(settled, 1) + 3
 
 
-@pytest.mark.parametrize(("count", "plain"), [(3, 0), (4, 1), (30, 1)])
+@pytest.mark.parametrize(("count", "plain"), [(4, 0), (5, 1), (30, 1)])
 def test_only_whole_rounds_are_measured(count: int, plain: int, model_of: ModelOf) -> None:
     """With two steps behind them. The last token takes no step, and while there is no draft, its round is waited for."""
     model, measured = model_of("f-k32-v64", "float32"), Measured()

@@ -42,8 +42,6 @@ NEAR = 1e-4
 class Turns:
     """The given numbers of drafts, one a round, over and over."""
 
-    timed = False
-
     def __init__(self, *lengths: int) -> None:
         self._lengths = cycle(lengths)
         self.seen: list[tuple[int, int]] = []
