@@ -143,7 +143,7 @@ def test_the_texts_behind_the_first_measure_once_more_each() -> None:
     measured = Measured()
     rounds(Learning(measured, 4), 28, seconds=(1, 9, 9))
     assert measured.costs(4).rounds[1] == 9
-    for text in range(3):
+    for _ in range(3):
         assert rounds(Learning(measured, 4), 10, seconds=(1, 1.5, 2)) == FIRST + MEASURED[:9]
         assert measured.costs(4).rounds == (1, 1.5, 2.0, 2.5, 3.0)
     assert measured.plan(4) == []
@@ -201,7 +201,7 @@ def test_before_m3_nothing_is_tried_in_a_text_that_is_not_long(
 
 @pytest.mark.parametrize(("count", "plain"), [(4, 0), (5, 1), (30, 1)])
 def test_only_whole_rounds_are_measured(count: int, plain: int, model_of: ModelOf) -> None:
-    """With two steps behind them. The last token takes no step, and while there is no draft, its round is waited for."""
+    """With two steps behind them. The last token takes no step, and where there is no draft, its round is awaited."""
     model, measured = model_of("f-k32-v64", "float32"), Measured()
     sequence, sampler = model.make_cache(), Sampler(GREEDY, [5], vocab_size=384, num_real_tokens=384)
     logits, made = prefill(model, [5], sequence, step_size=8), Drafting(Oracle([], 0), Learning(measured, 4))
