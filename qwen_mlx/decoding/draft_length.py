@@ -35,14 +35,19 @@ tokens lose 0.4 %. Doubled waits would lose less, and find the easier second hal
 class Costs:
     """What a whole round with k drafts costs, k = 0 to k_max, in any unit: drafting, verifying, bookkeeping.
 
-    rounds[0] is a plain step. Raises ValueError where a cost is not finite and above 0, or there is none.
+    rounds[0] is a plain step. `resume` comes on top where the round before was a plain step: the drafter has the tokens
+    of all plain steps since the last drafts to take in. Raises ValueError where a cost is not finite and above 0
+    (`resume` may be 0), or there is none.
     """
 
     rounds: tuple[float, ...]
+    resume: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.rounds or not all(0 < cost < math.inf for cost in self.rounds):
             raise ValueError(f"rounds must be finite costs above 0, that of a plain step first, not {self.rounds!r}")
+        if not 0 <= self.resume < math.inf:
+            raise ValueError(f"resume must be a finite cost, not {self.resume!r}")
 
     @property
     def k_max(self) -> int:
@@ -63,15 +68,15 @@ class DraftLength:
         """
         if start is not None and not 0 <= start <= costs.k_max:
             raise ValueError(f"start must be None or from 0 to k_max {costs.k_max}, not {start}")
-        self._costs = list(costs.rounds)
-        self._can_pay = any(k + 1 > WORTH * self._cost(k) for k in range(1, costs.k_max + 1))
+        self._costs, self._resume = [cost / costs.rounds[0] for cost in costs.rounds], costs.resume / costs.rounds[0]
+        self._can_pay = any(k + 1 > WORTH * self._costs[k] for k in range(1, costs.k_max + 1))
         self._right, self._tried = [0.0] * costs.k_max, [0.0] * costs.k_max
         self._may_lose = LOSS
-        self._k, self._plain, self._wait = 0, 0, 0.0
+        self._k, self._plain, self._wait, self._paused = 0, 0, 0.0, False
         if self._can_pay:
             self._right[0], self._tried[0] = PRIOR * PRIOR_ROUNDS, PRIOR_ROUNDS
             self._k = self._best() if start is None else start
-            self._wait = max(1.0, (self._cost(1) - 1 - PRIOR) / SHARE)
+            self._wait = max(1.0, (self._costs[1] + self._resume - 1 - PRIOR) / SHARE)
 
     def choose(self) -> int:
         """How many tokens to draft in the next round, 0 to k_max."""
@@ -92,6 +97,7 @@ class DraftLength:
         tokens, lost = accepted + 1, self._cost(k) - accepted - 1
         self._may_lose += SHARE * tokens - lost
         self._plain += tokens
+        self._paused = k == 0
         if k == 0:
             self._wait -= 1
             return
@@ -105,8 +111,8 @@ class DraftLength:
             self._right[0], self._tried[0] = self._right[0] * stale, self._tried[0] * stale
 
     def _cost(self, k: int) -> float:
-        """Of a round with k drafts, in plain steps."""
-        return self._costs[k] / self._costs[0]
+        """Of the next round, with k drafts, in plain steps."""
+        return self._costs[k] + (self._resume if k and self._paused else 0.0)
 
     def _count(self, k: int, accepted: int) -> None:
         for j in range(len(self._tried)):
@@ -121,7 +127,7 @@ class DraftLength:
             chance = (right + believed * DEEPER * chance) / (tried + believed)
             all_right *= chance
             expected += all_right
-            rates.append(expected / self._cost(j + 1))
+            rates.append(expected / self._costs[j + 1])
         return rates
 
     def _best(self) -> int:

@@ -17,6 +17,8 @@ from qwen_mlx.model.qwen import Qwen
 
 WAITING = 256
 """Tokens that wait until a drafter takes them in, where no drafts are asked for."""
+APART = 32
+"""Arrays that are kept one by one. On a CPU, where memory comes from malloc, steps around 256 of them take 1 % longer."""
 FEW = 16
 """Tokens for which one pass through the head takes less than two, of which the first leaves out most of its work."""
 NGRAMS = (4, 3, 2)
@@ -58,6 +60,9 @@ class MTPDrafter:
         self._hidden += [] if hidden is None else [hidden]
         self._tokens.append(tokens)
         self._waiting += tokens.size
+        if len(self._tokens) >= APART:
+            self._hidden, self._tokens = [mx.concatenate(self._hidden, axis=1)], [mx.concatenate(self._tokens)]
+            mx.async_eval(self._hidden, self._tokens)
 
     def draft(self, sampler: Sampler, count: int) -> Drafts:
         y = self._advance()
@@ -105,7 +110,7 @@ class NGramDrafter:
         self._seen = 0
 
     def take(self, hidden: mx.array | None, tokens: mx.array) -> None:
-        if len(self._waiting) >= WAITING:  # not the new ones, which may be under way
+        if len(self._waiting) >= APART:  # not the new ones, which may be under way
             self._read()
         self._waiting.append(tokens)
 

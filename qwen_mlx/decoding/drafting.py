@@ -4,7 +4,9 @@ The draft head of a model is looked for once, and what a round with drafts costs
 rounds that make text: both are kept as long as the model.
 """
 
+import statistics
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from weakref import finalize
 
@@ -26,6 +28,8 @@ DRAFTS = range(1, SCAN_TOKENS)
 """Numbers that may be asked for: of a longer round a cache cannot take back a part."""
 SETTLED = 256
 """Tokens of a text before drafts are tried where each row that is verified costs almost a step."""
+RESUMED = (0, 0, 0, 1, 0, 0)
+"""Drafts of rounds that tell what the one with a draft takes: the last three, against the three before them."""
 M3 = 15  # the GPU generation from which a quantized matmul of a few rows costs little more than that of one
 
 _known: dict[int, "Known"] = {}  # by the id of a model; MLX's modules have no hash
@@ -104,37 +108,45 @@ class Fixed:
 
 
 class Measured:
-    """Seconds of rounds with 0, 1 and 2 drafts, each with the two plain steps behind it, as far as they are known.
+    """Rounds with 1 and 2 drafts in plain steps, as far as they are known: with what they leave to the two plain rounds
+    behind them, against three plain rounds of just before, as no machine is always as fast.
 
-    A round with drafts leaves work to the steps behind it: what was drafted in vain is taken back there, and the host
-    cannot prepare the next step while the device verifies. Nothing is waited for that would not be: before and behind
-    what is measured one plain step is on its way, so that steps overlap as they do in plain decoding.
+    What was drafted in vain is taken back behind its round, and the host cannot prepare the next step while the device
+    verifies. Nothing is waited for that would not be: before and behind what is measured one plain step is on its way,
+    so that steps overlap as they do in plain decoding.
+
+    `resumed` are the latest with one draft behind many plain rounds: there the drafter has more to take in, and what
+    drafts need has left the processor's caches.
     """
 
     AT_FIRST, ENOUGH = 3, 6
-    """How often each kind is measured before it is believed, and in all: the texts behind the first measure each once
-    more, as something else may have kept the machine busy. The first of each makes kernels and buffers, and does not
-    count."""
+    """How often each is measured before it is believed, and in all: the texts behind the first measure once more each,
+    as something else may have kept the machine busy. The first makes kernels and buffers, and does not count."""
 
     def __init__(self) -> None:
-        self._seconds: dict[int, list[float]] = {k: [] for k in range(3)}
+        self._rounds: dict[int, list[float]] = {1: [], 2: []}
+        self.resumed: deque[float] = deque(maxlen=9)
 
     def plan(self, most: int) -> list[int]:
         """The numbers of drafts, up to `most`, that a text should measure, in this order."""
-        kinds = [k for k in self._seconds if k <= most]
-        missing = [k for times in range(self.AT_FIRST) for k in kinds if len(self._seconds[k]) <= times]
-        return missing or [k for k in kinds if len(self._seconds[k]) < self.ENOUGH]
+        kinds = sorted((k for k in self._rounds if k <= most), key=lambda k: len(self._rounds[k]))
+        known = len(self._rounds[kinds[0]])
+        return [0, *kinds] * max(self.AT_FIRST - known, int(known < self.ENOUGH))
 
-    def add(self, k: int, seconds: float) -> None:
-        self._seconds[k].append(seconds)
+    def add(self, k: int, steps: float) -> None:
+        self._rounds[k].append(steps)
 
     def costs(self, most: int) -> Costs:
-        """Of rounds with up to `most` drafts, by a line through the shortest: a disturbance adds to what it takes."""
-        plain, *rounds = (min(self._seconds[k][1:]) for k in range(min(most, 2) + 1))
-        none, (one, *two) = plain / 3, (seconds - plain * 2 / 3 for seconds in rounds)
-        one = max(one, none)
-        slope = max((two[0] - none) / 2, 0.0) if two else 0.0
-        return Costs((none, one, *(one + slope * (k - 1) for k in range(2, most + 1))))
+        """Of rounds with up to `most` drafts, by a line through the medians."""
+        one, *two = (max(1.0, statistics.median(self._rounds[k][1:])) for k in self._rounds if k <= most)
+        slope = (two[0] - 1) / 2 if two else 0.0
+        resumed = statistics.median(self.resumed) if len(self.resumed) >= self.AT_FIRST else one
+        return Costs((1.0, *(one + slope * (k - 1) for k in range(1, most + 1))), resume=max(0.0, resumed - one))
+
+
+def in_plain_steps(plain: Sequence[float], behind: Sequence[float]) -> float:
+    """What a round takes by the seconds of as many plain ones, and of it and the plain ones behind it."""
+    return len(plain) * sum(behind) / sum(plain) - len(behind) + 1
 
 
 class Learning:
@@ -148,6 +160,8 @@ class Learning:
         self._plain = SETTLED if self._slow_rows else 1  # the first of a text has no step to wait for
         self._seen: list[tuple[int, int]] = []
         self._run: list[float] = []  # seconds of the rounds of what is being measured
+        self._before: list[float] = []  # those of three plain rounds
+        self._latest: deque[tuple[int, float]] = deque(maxlen=len(RESUMED))  # once it decides
         self._decide()
 
     def choose(self) -> int:
@@ -158,6 +172,10 @@ class Learning:
     def observe(self, k: int, accepted: int, seconds: float) -> None:
         if self._lengths is not None:
             self._lengths.observe(k, accepted)
+            self._latest.append((k, seconds))
+            if tuple(k for k, _ in self._latest) == RESUMED:
+                times = [seconds for _, seconds in self._latest]
+                self._measured.resumed.append(in_plain_steps(times[:3], times[3:]))
             return
         if k:
             self._seen.append((k, accepted))
@@ -166,7 +184,10 @@ class Learning:
             return
         self._run = [*self._run, seconds] if k == (0 if self._run else self._plan[0]) else []
         if len(self._run) == 3:
-            self._measured.add(self._plan.pop(0), sum(self._run))
+            if kind := self._plan.pop(0):
+                self._measured.add(kind, in_plain_steps(self._before, self._run))
+            else:
+                self._before = self._run
             self._run = []
         self._decide()
 

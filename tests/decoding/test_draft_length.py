@@ -39,23 +39,26 @@ def drawn(chance: Callable[[int], float], length: int, seed: int = 0) -> list[in
     return [len(list(itertools.takewhile(bool, row))) for row in draws]
 
 
-def decode(length: DraftLength, rounds: Sequence[float], right: Sequence[int]) -> Iterator[tuple[int, float]]:
+def decode(
+    length: DraftLength, rounds: Sequence[float], right: Sequence[int], resume: float = 0.0
+) -> Iterator[tuple[int, float]]:
     """Decode a text whose last draft must not go beyond its end: k and the seconds of each round."""
-    t = 0
+    t, paused = 0, False
     while t < len(right):
         k = min(length.choose(), len(right) - t - 1)
         accepted = min(k, right[t])
-        yield k, rounds[k]
+        yield k, rounds[k] + (resume if k and paused else 0.0)
         length.observe(k, accepted)
         t += 1 + accepted
+        paused = k == 0
 
 
-def fresh(rounds: Sequence[float], start: int | None = None) -> DraftLength:
-    return DraftLength(Costs(tuple(rounds)), start=start)
+def fresh(rounds: Sequence[float], start: int | None = None, resume: float = 0.0) -> DraftLength:
+    return DraftLength(Costs(tuple(rounds), resume), start=start)
 
 
-def seconds(rounds: Sequence[float], right: Sequence[int], start: int | None = None) -> float:
-    return sum(taken for _, taken in decode(fresh(rounds, start), rounds, right))
+def seconds(rounds: Sequence[float], right: Sequence[int], start: int | None = None, resume: float = 0.0) -> float:
+    return sum(taken for _, taken in decode(fresh(rounds, start, resume), rounds, right, resume))
 
 
 def best_fixed(rounds: Sequence[float], right: Sequence[int]) -> float:
@@ -116,11 +119,16 @@ any_rounds = st.lists(st.floats(0.05, 6), min_size=1, max_size=K).map(lambda mor
 
 
 @settings(max_examples=300, deadline=None)
-@given(rounds=any_rounds.map(sorted), right=rights, start=st.none() | st.integers(0, 1))
+@given(
+    rounds=any_rounds.map(sorted),
+    right=rights,
+    start=st.none() | st.integers(0, 1),
+    resume=st.just(0.0) | st.floats(0, 3),
+)
 def test_no_text_takes_longer_than_a_share_and_two_steps(
-    rounds: list[float], right: list[int], start: int | None
+    rounds: list[float], right: list[int], start: int | None, resume: float
 ) -> None:
-    assert seconds(rounds, right, start) / rounds[0] <= 1.006 * len(right) + 2.0 + 1e-6
+    assert seconds(rounds, right, start, resume) / rounds[0] <= 1.006 * len(right) + 2.0 + 1e-6
 
 
 @settings(deadline=None)
@@ -146,9 +154,9 @@ def test_what_others_drafted_does_not_start_it_where_it_cannot_pay() -> None:
     assert length.choose() == 0
 
 
-def waits(rounds: Sequence[float], tokens: int) -> list[int]:
+def waits(rounds: Sequence[float], tokens: int, resume: float = 0.0) -> list[int]:
     """Plain tokens between the probes of a text that no draft is right in."""
-    ks = [k for k, _ in decode(fresh(rounds, start=0), rounds, [0] * tokens)]
+    ks = [k for k, _ in decode(fresh(rounds, start=0, resume=resume), rounds, [0] * tokens)]
     return [len(list(run)) for drafts, run in itertools.groupby(ks, bool) if not drafts]
 
 
@@ -167,6 +175,18 @@ def test_probes_take_less_than_half_a_percent_of_a_long_text() -> None:
 def test_the_first_probe_waits_until_the_share_has_paid_for_what_it_should_lose() -> None:
     # 1.9 plain steps for 1.75 tokens, if drafts are as good as they are believed to be.
     assert waits(COSTS["hardly_pays"], 100)[0] == pytest.approx(0.15 / 0.006, abs=1)
+    assert waits(COSTS["hardly_pays"], 100, resume=0.3)[0] == pytest.approx(0.45 / 0.006, abs=1)
+
+
+def test_probes_are_rarer_where_it_takes_long_to_resume() -> None:
+    few, many = (len(waits(COSTS["pays_a_little"], 2000, resume)) for resume in (1.0, 0.0))
+    assert few < 0.8 * many
+
+
+@every_cost
+def test_what_it_takes_to_resume_is_no_matter_while_drafts_go_on(rounds: list[float]) -> None:
+    dear, free = ([k for k, _ in decode(fresh(rounds, 1, resume), rounds, [K] * 400)] for resume in (9.0, 0.0))
+    assert dear == free
 
 
 def test_waits_are_short_again_after_drafting_paid() -> None:
@@ -195,6 +215,12 @@ def test_noise_does_not_change_the_length_every_few_rounds() -> None:
     rounds = COSTS["pays"]
     ks = [k for k, _ in decode(fresh(rounds), rounds, drawn(lambda t: 0.7, 4096))]
     assert sum(a != b for a, b in itertools.pairwise(ks)) < 0.08 * len(ks)
+
+
+@pytest.mark.parametrize("resume", [-0.1, float("nan"), float("inf")])
+def test_an_impossible_cost_of_resuming_is_refused(resume: float) -> None:
+    with pytest.raises(ValueError, match="resume must be a finite cost"):
+        Costs((1.0, 1.5), resume)
 
 
 @pytest.mark.parametrize("rounds", [(), (1.0, 0.0), (-1.0,), (1.0, float("nan")), (1.0, float("inf"))], ids=str)

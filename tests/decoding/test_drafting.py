@@ -173,6 +173,33 @@ def test_costs_are_a_line_through_the_shortest() -> None:
     assert measured.costs(1).rounds == (1, 1.5)
 
 
+@pytest.mark.parametrize("step", [1.0, 3.0], ids=["as it was measured", "slower by now"])
+def test_what_it_takes_to_resume_is_measured_whenever_it_happens(step: float) -> None:
+    """In plain steps of just before, whatever the machine does otherwise; three times before it is believed."""
+    measured = Measured()
+    for _ in range(4):
+        rounds(Learning(measured, 4), 28)
+    lengths = Learning(measured, 4)
+    for seconds in (2.3, 2.3, 9.0):
+        assert measured.costs(4).resume == 0
+        for k, taken in ((0, 1), (0, 1), (0, 1), (1, seconds), (0, 1.2), (0, 1)):
+            lengths.observe(k, 0, taken * step)
+    assert measured.costs(4).rounds[:2] == (1, 1.5)
+    assert measured.costs(4).resume == pytest.approx(2.3 + 0.2 - 1.5)
+
+
+@pytest.mark.parametrize("others", [(1, 0, 0, 1, 0, 0), (0, 0, 0, 1, 1, 0), (0, 0, 0, 2, 0, 0), (0,) * 6], ids=str)
+def test_rounds_that_do_not_resume_tell_nothing_of_it(others: tuple[int, ...]) -> None:
+    measured = Measured()
+    for _ in range(4):
+        rounds(Learning(measured, 4), 28)
+    for _ in range(3):
+        lengths = Learning(measured, 4)
+        for k in others:
+            lengths.observe(k, 0, 9.0 if k else 1.0)
+    assert measured.costs(4).resume == 0
+
+
 @pytest.mark.parametrize(("seconds", "accepted", "drafts"), [((1, 1.1, 1.2), 2, True), ((1, 2.2, 3.4), 0, False)])
 def test_what_was_measured_decides(seconds: tuple[float, ...], accepted: int, drafts: bool) -> None:
     assert (2 in rounds(Learning(Measured(), 2), 40, accepted=accepted, seconds=seconds)[28:]) == drafts
