@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from qwen_mlx.decoding.drafters import NGRAMS, WAITING, MTPDrafter, NGramDrafter
+from qwen_mlx.decoding.drafters import APART, NGRAMS, WAITING, MTPDrafter, NGramDrafter
 from qwen_mlx.decoding.prefill import prefill
 from qwen_mlx.decoding.sampling import Sampler, SamplingParams
 from qwen_mlx.decoding.speculative import Drafting, decode_with_drafts
@@ -147,6 +147,7 @@ def test_no_more_tokens_wait(sizes: tuple[int, ...], model_of: ModelOf, head_of:
     drafter = fed(model_of("f-k32-v64", "float32"), head_of("f-k32-v64"), text, *sizes)
     assert sum(tokens.size for tokens in drafter._tokens) <= WAITING
     assert drafter._cache.offset >= len(text) - 1 - WAITING
+    assert max(len(drafter._tokens), len(drafter._hidden)) <= APART
 
 
 PARAMS = SamplingParams(
@@ -217,7 +218,7 @@ def test_tokens_do_not_pile_up_where_no_drafts_are_asked_for() -> None:
     drafter, text = NGramDrafter([]), text_of(WAITING) * 3
     for token in text:
         drafter.take(None, mx.array([token], mx.uint32))
-    assert len(drafter._waiting) <= WAITING
+    assert len(drafter._waiting) <= APART
     assert drafter.draft(sampler_of(), 4)[0].tolist() == text[:4]
 
 
